@@ -1,0 +1,41 @@
+"""Knowledge distillation on Hugging Face Transformers: change one import, add a teacher."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0.dev0"
+
+_EXPORTS = {
+    "DistillationTrainer": "trainer",
+    "Seq2SeqDistillationTrainer": "trainer",
+    "DistillationTrainingArguments": "arguments",
+    "Seq2SeqDistillationTrainingArguments": "arguments",
+    "DistillationCollator": "collator",
+    "DistillationConfig": "config",
+    "forward_kl": "losses",
+    "binary_forward_kl": "losses",
+    "logit_mse": "losses",
+    "compute_metrics_for": "metrics",
+    "load_metric": "metrics",
+}
+
+__all__ = [*_EXPORTS]
+
+if TYPE_CHECKING:
+    from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
+    from hf_distill.collator import DistillationCollator
+    from hf_distill.config import DistillationConfig
+    from hf_distill.losses import binary_forward_kl, forward_kl, logit_mse
+    from hf_distill.metrics import compute_metrics_for, load_metric
+    from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
+
+
+def __getattr__(name: str) -> Any:
+    # PEP 562: importing a loss must not load transformers, importing the package must not load torch.
+    if name not in _EXPORTS:
+        raise AttributeError(f"module 'hf_distill' has no attribute {name!r}; it has {', '.join(_EXPORTS)}")
+    return getattr(import_module(f"hf_distill.{_EXPORTS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_EXPORTS])

@@ -1,0 +1,75 @@
+"""Exact normalisation and exact logs: sums over global counts, never means of means."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from hf_distill.items import Items
+
+
+@dataclass(frozen=True)
+class StepCounts:
+    """Items over the whole accumulation window and all ranks of one optimizer step: the divisors of its terms.
+
+    Attributes:
+        counts: (5,) int64 on the training device, in the order of `Items.counts`.
+        world_scale: what a rank's share of a term is multiplied by, because DDP averages gradients over the ranks: the
+            number of processes if `counts` is over all of them, else 1.
+        single: whether the window is one micro-batch on one process, so that its own mean is the global mean.
+    """
+
+    counts: Tensor
+    world_scale: int = 1
+    single: bool = False
+
+    @classmethod
+    def of_window(cls, batches: Iterable[Items], accelerator: Accelerator, *, across_devices: bool) -> "StepCounts":
+        """The counts of a window of micro-batches, with one gather if there are several processes."""
+        counts = [items.counts() for items in batches]
+        total = torch.stack(counts).sum(0)
+        if accelerator.num_processes == 1:
+            return cls(total, single=len(counts) == 1)
+        if not across_devices:
+            return cls(total)
+        return cls(accelerator.reduce(total, "sum"), world_scale=accelerator.num_processes)
+
+    @classmethod
+    def of_batch(cls, items: Items) -> "StepCounts":
+        """The counts of one batch alone, as in evaluation."""
+        return cls(items.counts(), single=True)
+
+    @property
+    def task(self) -> tuple[Tensor, Tensor]:
+        """Items of the task loss; two numbers that differ only where the task has two targets."""
+        return self.counts[0], self.counts[1]
+
+    @property
+    def kd(self) -> Tensor:
+        """Items the teacher teaches."""
+        return self.counts[2]
+
+
+class TermMeter:
+    """Sums of named numbers, kept on the device until they are asked for."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds a scalar, detached."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self._sums = {}
+
+    def totals(self, accelerator: Accelerator) -> dict[str, float]:
+        """The sums over all ranks, as numbers; every rank must have added the same names in the same order."""
+        if not self._sums:
+            return {}
+        total = accelerator.reduce(torch.stack([*self._sums.values()]), "sum")
+        return dict(zip(self._sums, total.tolist(), strict=True))

@@ -1,0 +1,104 @@
+"""One batch, taken apart: what the student reads, what the teacher reads, and which items count."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_distill.collator import TEACHER_PREFIX
+from hf_distill.items import IGNORE_INDEX, LABEL_MASK, Items, find_items
+from hf_distill.pairing import ModelPair
+from hf_distill.signals import Task
+
+
+_TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A batch as both models take it.
+
+    Attributes:
+        student: the student's inputs and labels, nothing of the teacher's or of ours.
+        teacher: the teacher's inputs: its own columns where there are any, else the student's and what only it takes.
+        items: what enters the terms.
+        all_labelled: whether, as the host knows, no row is left out of the task loss.
+    """
+
+    student: dict[str, Any]
+    teacher: dict[str, Any]
+    items: Items
+    all_labelled: bool
+
+    @property
+    def labels(self) -> dict[str, Any]:
+        """Those of the student's inputs that are targets."""
+        return {name: value for name, value in self.student.items() if name in _TARGETS}
+
+    @property
+    def unlabelled_student(self) -> dict[str, Any]:
+        """The student's inputs without the targets."""
+        return {name: value for name, value in self.student.items() if name not in _TARGETS}
+
+
+def split_batch(
+    inputs: Mapping[str, Any],
+    pair: ModelPair,
+    *,
+    frames: Callable[[dict[str, Any]], Tensor],
+    special_tokens: Tensor | None = None,
+    rows: Tensor | None = None,
+) -> Batch:
+    """Takes a collated batch apart.
+
+    Args:
+        inputs: the batch, on the device.
+        pair: how the student and the teacher fit together.
+        frames: makes the mask of a CTC model's output frames of its inputs; called for CTC only.
+        special_tokens: (any,) ids that no label-free position may have.
+        rows: (batch,) bool, the rows that count; None for all. Ranks repeat rows to fill the last evaluation batch.
+    """
+    own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
+    teacher_columns = {
+        name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if name.startswith(TEACHER_PREFIX)
+    }
+    if rows is not None:
+        own = {**_without_labels(own, rows), LABEL_MASK: own.get(LABEL_MASK, rows) & rows}
+    mask = {name: own.pop(name) for name in (LABEL_MASK,) if name in own}
+    student = {name: value for name, value in own.items() if name not in pair.teacher_only_inputs}
+    items = find_items(
+        pair.task,
+        {**student, **mask},
+        frames=frames(student) if pair.task is Task.CTC else None,
+        special_tokens=special_tokens,
+    )
+    if pair.task is Task.QUESTION_ANSWERING:
+        student = _ignored_spans(student)
+    labels = {"labels": own["labels"]} if "labels" in own else {}
+    return Batch(
+        student=student,
+        teacher={**teacher_columns, **labels} if teacher_columns else own,
+        items=items if rows is None else items.of_rows(rows),
+        all_labelled=not mask,
+    )
+
+
+def _without_labels(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
+    """The inputs with integer labels of the other rows set to -100, so that a model's own mean leaves them out."""
+    filled = dict(inputs)
+    for name in _TARGETS:
+        value = inputs.get(name)
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            filled[name] = torch.where(rows.view(-1, *[1] * (value.dim() - 1)), value, IGNORE_INDEX)
+    return filled
+
+
+def _ignored_spans(inputs: dict[str, Any]) -> dict[str, Any]:
+    # Transformers' heads clamp positions into [0, length] and ignore `length`: a negative one would become 0.
+    length = inputs["input_ids"].shape[-1] if "input_ids" in inputs else inputs["inputs_embeds"].shape[1]
+    return {
+        name: torch.where(value < 0, length, value) if name in ("start_positions", "end_positions") else value
+        for name, value in inputs.items()
+    }

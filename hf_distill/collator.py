@@ -1,0 +1,100 @@
+"""Batches with a teacher's own inputs and with rows that have no label, on top of any collator."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import default_data_collator
+
+from hf_distill.items import IGNORE_INDEX, LABEL_MASK
+from hf_distill.signals import Task
+
+TEACHER_PREFIX = "teacher_"
+LABEL_COLUMNS = ("label", "labels", "label_ids")
+SPAN_COLUMNS = ("start_positions", "end_positions")
+
+
+def is_missing(label: Any) -> bool:
+    """Whether a label is None, NaN, -100, empty, or a sequence of nothing else."""
+    if label is None:
+        return True
+    values = np.asarray(label, dtype=np.float64)
+    return bool((np.isnan(values) | (values == IGNORE_INDEX)).all())
+
+
+class DistillationCollator:
+    """Calls a collator on the student's columns, pads the `teacher_*` columns apart, and fills missing labels.
+
+    A label is missing where its column is absent, None, NaN or -100. It is filled so that the collator can make a
+    tensor of it; `label_mask` (batch,) then tells such rows, and is in a batch only if it has one. A batch in which no
+    row has a label column is passed on as it is. `DistillationTrainer` puts this around its collator by itself.
+
+    Args:
+        collator: what makes a batch of the student's columns. Attributes not found here are looked up in it.
+        task: the task of the student's head. Language models' labels are the collator's own affair and not touched.
+        filler: what stands for a missing label: -100 for a class, NaN for a number, a list of NaN for many labels.
+        teacher_processing_class: the teacher's tokenizer or feature extractor, whose `pad` pads the `teacher_*`
+            columns; without it they must have equal shapes.
+    """
+
+    def __init__(
+        self, collator: Any, *, task: Task, filler: Any = IGNORE_INDEX, teacher_processing_class: Any | None = None
+    ) -> None:
+        self.collator = collator
+        self.task = task
+        self.filler = filler
+        self.teacher_processing_class = teacher_processing_class
+
+    def __getattr__(self, name: str) -> Any:
+        # `collator` and dunder names must fail here, or unpickling in a data-loader worker would recurse for ever.
+        if name == "collator" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.collator, name)
+
+    def __call__(self, features: Sequence[Any]) -> Any:
+        """The batch, with the student's keys first."""
+        if not isinstance(features[0], Mapping):
+            return self.collator(features)
+        students = [{k: v for k, v in row.items() if not k.startswith(TEACHER_PREFIX)} for row in features]
+        teachers = [
+            {k.removeprefix(TEACHER_PREFIX): v for k, v in row.items() if k.startswith(TEACHER_PREFIX)}
+            for row in features
+        ]
+        students, labelled = self._fill_labels(students)
+        batch = self.collator(students)
+        if not all(labelled):
+            batch[LABEL_MASK] = torch.tensor(labelled)
+        if teachers[0]:
+            batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in self._pad_teachers(teachers).items()})
+        return batch
+
+    def _pad_teachers(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
+        if self.teacher_processing_class is not None:
+            return self.teacher_processing_class.pad(rows, return_tensors="pt")
+        try:
+            return default_data_collator(rows)
+        except ValueError as error:
+            raise ValueError(
+                f"The columns {', '.join(TEACHER_PREFIX + name for name in rows[0])} have rows of different lengths. "
+                "Pass teacher_processing_class= to DistillationTrainer: its `pad` makes them equal."
+            ) from error
+
+    def _fill_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[bool]]:
+        everywhere = [True] * len(rows)
+        columns = SPAN_COLUMNS if self.task is Task.QUESTION_ANSWERING else LABEL_COLUMNS
+        columns = tuple(name for name in columns if any(name in row for row in rows))
+        if not columns or (self.task.is_language_model and self.task is not Task.CTC):
+            return rows, everywhere
+        if self.task is Task.TOKEN_CLASSIFICATION:  # its labels say by themselves which tokens have one
+            (name, *_) = columns
+            return [
+                row if row.get(name) is not None else {**row, name: [IGNORE_INDEX] * len(row["input_ids"])}
+                for row in rows
+            ], everywhere
+        missing = [any(is_missing(row.get(name)) for name in columns) for row in rows]
+        filled = [
+            {**row, **dict.fromkeys(columns, self.filler)} if gap else row
+            for row, gap in zip(rows, missing, strict=True)
+        ]
+        return filled, [not gap for gap in missing]

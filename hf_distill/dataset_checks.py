@@ -1,0 +1,92 @@
+"""What a data set must hold for the terms asked for, looked up before the first step."""
+
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from hf_distill.collator import LABEL_COLUMNS, SPAN_COLUMNS, is_missing
+from hf_distill.items import IGNORE_INDEX
+from hf_distill.signals import Task
+
+_ROWS_LOOKED_AT = 1000
+
+
+def label_columns(task: Task) -> tuple[str, ...]:
+    """The names a data set's labels may have; none for language models, whose collator makes the labels."""
+    if task is Task.QUESTION_ANSWERING:
+        return SPAN_COLUMNS
+    return () if task.is_language_model and task is not Task.CTC else LABEL_COLUMNS
+
+
+def find_label(dataset: Any, task: Task) -> Any | None:
+    """The first label that is not missing among a data set's first rows, or None.
+
+    Raises:
+        ValueError: the data set has no label column at all; the message lists the columns it has.
+    """
+    columns = label_columns(task)
+    if dataset is None or not columns:
+        return None
+    found: set[str] = set()
+    for row in _rows(dataset, columns):
+        if not isinstance(row, Mapping):
+            return None
+        found |= {*row}
+        label = next((row[name] for name in columns if name in row and not is_missing(row[name])), None)
+        if label is not None:
+            return label
+    if found and found.isdisjoint(columns):
+        raise ValueError(
+            f"task_weight > 0, but the training data has no column named {' or '.join(columns)} (it has "
+            f"{', '.join(sorted(found))}). Rename the label column, or set task_weight=0 to learn from the teacher alone."
+        )
+    return None
+
+
+def _rows(dataset: Any, columns: tuple[str, ...]) -> Iterable[Any]:
+    names = getattr(dataset, "column_names", None) or []
+    present = [name for name in columns if name in names]
+    if present and hasattr(dataset, "select_columns"):
+        dataset = dataset.select_columns(present)  # decodes no image or sound
+    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+        return (dataset[i] for i in range(min(len(dataset), _ROWS_LOOKED_AT)))
+    return islice(iter(dataset), _ROWS_LOOKED_AT)
+
+
+def label_filler(task: Task, config: Any, label: Any | None) -> Any:
+    """What stands for a missing label, so that a collator can make a tensor of it.
+
+    Args:
+        task: what the student's head predicts.
+        config: the student's config.
+        label: some label of the data set, or None if there is none to look at.
+    """
+    if task is Task.CTC:
+        return [0]  # an empty target would leave nothing to pad; the row is masked anyway
+    if label is None:
+        kind = config.problem_type
+        is_number = kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1)
+        label = np.zeros(config.num_labels) if kind == "multi_label_classification" else 0.0 if is_number else 0
+    values = np.asarray(label)
+    filler = np.full(values.shape, np.nan) if values.dtype.kind == "f" else np.full(values.shape, IGNORE_INDEX)
+    return filler.tolist()
+
+
+def check_batch(inputs: Mapping[str, Any], task: Task, task_weight: float) -> None:
+    """Refuses a first batch without the labels that a language model's task loss needs.
+
+    Raises:
+        ValueError: with the collator that makes them.
+    """
+    if task_weight > 0 and task.is_language_model and not {"labels", "shift_labels"} & {*inputs}:
+        remedy = {
+            Task.CAUSAL_LM: "DataCollatorForLanguageModeling(tokenizer, mlm=False)",
+            Task.MASKED_LM: "DataCollatorForLanguageModeling(tokenizer)",
+            Task.SEQ2SEQ_LM: "a labels column and DataCollatorForSeq2Seq(tokenizer, model)",
+        }.get(task, "a labels column")
+        raise ValueError(
+            f"task_weight={task_weight}, but the batches hold no labels (they hold {', '.join(inputs)}). "
+            f"Use {remedy}, or set task_weight=0 to learn from the teacher alone."
+        )

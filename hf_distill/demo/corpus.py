@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Labelled texts with a training and a test part: the bundled SNIPS, or any dataset by name or path."""
+
+import csv
+import gzip
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+
+TEST_FRACTION = 0.1
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Training and test rows with the columns `text` and `label`, a class index into `label_names`."""
+
+    train: Dataset
+    test: Dataset
+    label_names: tuple[str, ...]
+
+
+def load_corpus(name: str, *, text_column: str = "text", label_column: str = "label") -> Corpus:
+    """Returns 'snips' from the package, else what `datasets.load_dataset` finds under the name or path.
+
+    A dataset with a `test` split is tested there, else on `validation`, else on a tenth of `train` drawn with seed 0.
+    """
+    if name == "snips":
+        return _corpus(_read_snips("train"), _read_snips("test"), "text", "label")
+    path = Path(name)
+    if path.is_file():
+        loader = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
+        if loader is None:
+            raise ValueError(
+                f"Cannot read '{name}': expected a .csv, .json, .jsonl or .parquet file, or a folder of them."
+            )
+        splits = load_dataset(loader, data_files=name)
+    else:
+        splits = load_dataset(name)
+    train, test = _train_and_test(splits)
+    return _corpus(train, test, text_column, label_column)
+
+
+def keep_labels(corpus: Corpus, *, per_class: int, seed: int) -> Dataset:
+    """Returns the training rows with `label` None in all but `per_class` rows of each class, drawn with `seed`."""
+    shuffled = corpus.train.shuffle(seed=seed)
+    kept = [0] * len(corpus.label_names)
+    labels: list[int | None] = []
+    for label in shuffled["label"]:
+        labels.append(label if kept[label] < per_class else None)
+        kept[label] += 1
+    return shuffled.remove_columns("label").add_column("label", labels)
+
+
+def labelled_rows(rows: Dataset) -> Dataset:
+    """Returns the rows whose `label` is not None."""
+    return rows.select([index for index, label in enumerate(rows["label"]) if label is not None])
+
+
+def _read_snips(split: str) -> Dataset:
+    packed = (files("hf_distill.demo") / "data" / "snips" / f"{split}.csv.gz").read_bytes()
+    rows = list(csv.DictReader(gzip.decompress(packed).decode("utf-8").splitlines()))
+    return Dataset.from_dict({column: [row[column] for row in rows] for column in ("text", "label")})
+
+
+def _train_and_test(splits: DatasetDict) -> tuple[Dataset, Dataset]:
+    if "train" not in splits:
+        raise ValueError(f"The dataset has no 'train' split; it has {sorted(splits)}.")
+    for name in ("test", "validation"):
+        if name in splits:
+            return splits["train"], splits[name]
+    halves = splits["train"].train_test_split(test_size=TEST_FRACTION, seed=0)
+    return halves["train"], halves["test"]
+
+
+def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str) -> Corpus:
+    for column in (text_column, label_column):
+        if column not in train.column_names:
+            raise ValueError(f"The dataset has no column '{column}'; it has {train.column_names}.")
+    feature = train.features[label_column]
+    if isinstance(feature, ClassLabel):
+        values, names = list(range(feature.num_classes)), tuple(feature.names)
+    else:
+        values = sorted(set(train[label_column]))
+        names = tuple(str(value) for value in values)
+    index_of = {value: index for index, value in enumerate(values)}
+
+    def indexed(rows: Dataset) -> Dataset:
+        unknown = set(rows[label_column]) - set(index_of)
+        if unknown:
+            raise ValueError(
+                f"Labels {sorted(map(str, unknown))} do not occur in the training rows; known: {list(names)}."
+            )
+        return Dataset.from_dict(
+            {"text": rows[text_column], "label": [index_of[value] for value in rows[label_column]]}
+        )
+
+    return Corpus(train=indexed(train), test=indexed(test), label_names=names)

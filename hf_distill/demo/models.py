@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Teacher and student of the demo: by name, or small BERTs from scratch with a WordPiece trained on the spot."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+
+VOCABULARY_SIZE = 4000
+SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Layers and width of a BERT from scratch; heads are 32 wide, the feed-forward four times the width."""
+
+    layers: int
+    width: int
+
+
+TEACHER_SHAPE = Shape(layers=2, width=128)
+STUDENT_SHAPE = Shape(layers=1, width=64)
+
+
+def train_wordpiece(texts: Sequence[str], *, vocabulary_size: int = VOCABULARY_SIZE) -> PreTrainedTokenizerFast:
+    """Returns a lower-casing BERT tokenizer whose word pieces are learned from the texts."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocabulary_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = processors.BertProcessing(
+        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+
+
+def load_tokenizers(
+    student: str | None, teacher: str | None, texts: Sequence[str]
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """Returns the student's and the teacher's tokenizer.
+
+    A named model has its own; one from scratch shares the other's; two from scratch share a WordPiece of the texts.
+    """
+    if student is None and teacher is None:
+        shared = train_wordpiece(texts)
+        return shared, shared
+    student_tokenizer = AutoTokenizer.from_pretrained(student or teacher)
+    teacher_tokenizer = AutoTokenizer.from_pretrained(teacher or student)
+    return student_tokenizer, teacher_tokenizer
+
+
+def build_classifier(
+    name: str | None, *, shape: Shape, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str]
+) -> PreTrainedModel:
+    """Returns a classifier over the labels: loaded under its name, else a BERT of the shape with random weights."""
+    labels = {"id2label": dict(enumerate(label_names)), "label2id": {label: i for i, label in enumerate(label_names)}}
+    if name is not None:
+        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(label_names), **labels)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.width // 32,
+        intermediate_size=4 * shape.width,
+        max_position_embeddings=128,
+        pad_token_id=tokenizer.pad_token_id,
+        **labels,
+    )
+    return BertForSequenceClassification(config)

@@ -1,0 +1,1 @@
+"""What is found in, or done to, a Transformers model."""

@@ -1,0 +1,71 @@
+"""The words the layers share: the task of a head, and what a teacher says about a batch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from torch import Tensor
+
+
+class Task(str, Enum):
+    """What a model's head predicts. The values are the names users meet in errors and in `compute_metrics_for`."""
+
+    SEQUENCE_CLASSIFICATION = "sequence_classification"
+    TOKEN_CLASSIFICATION = "token_classification"
+    QUESTION_ANSWERING = "question_answering"
+    MULTIPLE_CHOICE = "multiple_choice"
+    MASKED_LM = "masked_lm"
+    CAUSAL_LM = "causal_lm"
+    SEQ2SEQ_LM = "seq2seq_lm"
+    CTC = "ctc"
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def one_item_per_row(self) -> bool:
+        """Whether a row (sequence, image, clip, set of choices) is one item; else every position is one."""
+        return self in _ROW_TASKS
+
+    @property
+    def is_language_model(self) -> bool:
+        """Whether the classes are a tokenizer's vocabulary."""
+        return self in _LANGUAGE_MODELS
+
+    @property
+    def has_named_labels(self) -> bool:
+        """Whether the classes are those of `config.id2label`."""
+        return self in (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
+
+
+_ROW_TASKS = frozenset({Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.QUESTION_ANSWERING})
+_LANGUAGE_MODELS = frozenset({Task.MASKED_LM, Task.CAUSAL_LM, Task.SEQ2SEQ_LM, Task.CTC})
+
+
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher says about one batch, without a graph.
+
+    Attributes:
+        logits: one tensor (batch, classes) or (batch, length, classes); for question answering two of
+            (batch, length): the start and the end scores.
+    """
+
+    logits: tuple[Tensor, ...]
+
+
+def read_logits(task: Task, outputs: Any) -> tuple[Tensor, ...]:
+    """The logits in a model's output, as in `TeacherOutput.logits`.
+
+    Raises:
+        ValueError: the output holds none, as with a fused loss that never forms them.
+    """
+    names = ("start_logits", "end_logits") if task is Task.QUESTION_ANSWERING else ("logits",)
+    values = tuple(outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None) for name in names)
+    if any(value is None for value in values):
+        raise ValueError(
+            f"The model's output holds no {' and '.join(names)} (it holds {list(outputs)}), which distillation of "
+            f"{task} compares. Turn off fused losses (use_liger_kernel) and keep return_dict=True."
+        )
+    return values

@@ -1,0 +1,7 @@
+"""Where the teacher's signals come from. A teacher is anything that turns inputs into a `TeacherOutput`."""
+
+from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.loading import load_student, load_teacher
+from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher
+
+__all__ = ["AdapterOffTeacher", "LocalTeacher", "Teacher", "load_student", "load_teacher"]

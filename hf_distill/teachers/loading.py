@@ -1,0 +1,62 @@
+"""Models given by name or path: the right Auto class, found through the other model of the pair."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_distill.models.heads import auto_class_name, task_model
+
+
+def load_teacher(name: str, student: nn.Module, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """The teacher `name` with the student's kind of head, in the dtype it was saved in.
+
+    Args:
+        name: a Hub name or a local folder.
+        student: whose head decides the Auto class.
+        init_kwargs: arguments of `from_pretrained`, such as `dtype`, `device_map`, `revision`.
+
+    Raises:
+        ValueError: no Auto class builds models like the student.
+    """
+    auto_class = auto_class_name(student)
+    if auto_class is None:
+        raise ValueError(
+            f"teacher_model={name!r} is a name, but no Auto class builds models like the student "
+            f"({type(task_model(student)).__name__}). Load the teacher yourself and pass the module."
+        )
+    return getattr(transformers, auto_class).from_pretrained(name, **{"dtype": "auto", **(init_kwargs or {})})
+
+
+def load_student(name: str, teacher: nn.Module | None, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """The student `name` with the teacher's kind of head and labels, or with its own where the teacher is no module.
+
+    Args:
+        name: a Hub name or a local folder.
+        teacher: the teacher if it is loaded already.
+        init_kwargs: arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: neither the teacher nor the student's config says which head to load.
+    """
+    kwargs = dict(init_kwargs or {})
+    if teacher is not None and (auto_class := auto_class_name(teacher)) is not None:
+        config = task_model(teacher).config
+        if "num_labels" not in kwargs and "id2label" not in kwargs and _names_labels(auto_class):
+            kwargs |= {"id2label": config.id2label, "label2id": config.label2id}
+        return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
+    hub_names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
+    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in hub_names if key in kwargs})
+    architecture = next(iter(config.architectures or ()), None)
+    if not hasattr(transformers, architecture or ""):
+        raise ValueError(
+            f"model={name!r} is a name, and its config does not say which head it has (architectures="
+            f"{config.architectures}). Load the student yourself and pass the module."
+        )
+    return getattr(transformers, architecture).from_pretrained(name, **kwargs)
+
+
+def _names_labels(auto_class: str) -> bool:
+    return auto_class.endswith("Classification")

@@ -1,0 +1,100 @@
+"""Teachers that run in this process: a frozen model, or a PEFT student's own base."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.models.heads import decoder_inputs, find_task, input_names, task_model
+from hf_distill.signals import TeacherOutput, read_logits
+
+
+class LocalTeacher:
+    """A model in evaluation mode whose forward makes no graph and changes nothing.
+
+    It keeps its own dtype and, where it was loaded with a device map or quantised, its own place.
+
+    Args:
+        model: a Transformers model with a head.
+        autocast: a factory of the context its forward runs in, as `Accelerator.autocast`, for a float32 teacher under
+            mixed precision. A context, and not `Accelerator.prepare_model`: that one rewrites the model's forward,
+            copies its outputs to float32 and would stand in for the student in evaluation.
+    """
+
+    def __init__(self, model: nn.Module, *, autocast: Callable[[], AbstractContextManager] = nullcontext) -> None:
+        self._model = model.eval()
+        self._autocast = autocast
+        self._task = find_task(model)
+        self._names = input_names(model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The teacher model."""
+        return self._model
+
+    def place(self, device: torch.device) -> None:
+        """Moves the model to `device`, unless it was placed by a device map or holds quantised weights."""
+        if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
+            self._model.to(device)
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
+        """The logits of one forward over those of `inputs` that the model's forward names."""
+        arguments = {name: value for name, value in inputs.items() if name in self._names and name != "labels"}
+        model = task_model(self._model)
+        with torch.no_grad():
+            if model.config.is_encoder_decoder and "labels" in inputs and "decoder_input_ids" not in arguments:
+                arguments |= decoder_inputs(model, inputs["labels"])
+            options = {"use_cache": False} if "use_cache" in self._names else {}
+            with self._autocast():
+                outputs = self._model(**self._cast(arguments), **options)
+        return TeacherOutput(logits=read_logits(self._task, outputs))
+
+    def _cast(self, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
+        # Whisper in bfloat16 refuses float32 features.
+        dtype, device = self._model.dtype, self._model.device
+        return {
+            name: value.to(device, dtype) if value.is_floating_point() else value.to(device)
+            for name, value in arguments.items()
+        }
+
+
+class AdapterOffTeacher:
+    """A PEFT student's base model: the student's own forward with its adapters off.
+
+    Args:
+        student: returns the PEFT model, asked anew at every batch: `model_init` may have replaced it.
+        autocast: as for `LocalTeacher`.
+    """
+
+    def __init__(
+        self, student: Callable[[], nn.Module], *, autocast: Callable[[], AbstractContextManager] = nullcontext
+    ) -> None:
+        self._student = student
+        self._autocast = autocast
+
+    @property
+    def model(self) -> nn.Module:
+        """The base model inside the student."""
+        return task_model(self._student())
+
+    def place(self, device: torch.device) -> None:
+        """Nothing: the student is there already."""
+
+    def __call__(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
+        """The base's logits for a batch."""
+        student = self._student()
+        with _in_eval_mode(student), student.disable_adapter():
+            return LocalTeacher(student, autocast=self._autocast)(inputs)
+
+
+@contextmanager
+def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and after it every module in the mode it had: a frozen part may be in evaluation by design."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
