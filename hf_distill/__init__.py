@@ -19,7 +19,19 @@ _EXPORTS = {
     "load_metric": "metrics",
 }
 
-__all__ = [*_EXPORTS]
+__all__ = [
+    "DistillationCollator",
+    "DistillationConfig",
+    "DistillationTrainer",
+    "DistillationTrainingArguments",
+    "Seq2SeqDistillationTrainer",
+    "Seq2SeqDistillationTrainingArguments",
+    "binary_forward_kl",
+    "compute_metrics_for",
+    "forward_kl",
+    "load_metric",
+    "logit_mse",
+]
 
 if TYPE_CHECKING:
     from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments

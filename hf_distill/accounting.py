@@ -1,13 +1,14 @@
 """Exact normalisation and exact logs: sums over global counts, never means of means."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_distill.items import Items
+from hf_distill.items import ROW_MASK, Items, batch_size, device_of
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,19 @@ class StepCounts:
     def kd(self) -> Tensor:
         """Items the teacher teaches."""
         return self.counts[2]
+
+
+def mark_repeated_rows(inputs: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
+    """The batch, with a `ROW_MASK` if it is a data loader's last and repeats rows so that the ranks come out even.
+
+    The rows are those that `Accelerator.gather_for_metrics` would drop. Call it right after the batch was fetched.
+    """
+    state = accelerator.gradient_state
+    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+        return dict(inputs)
+    rows = batch_size(inputs)
+    first = rows * accelerator.process_index
+    return {**inputs, ROW_MASK: torch.arange(first, first + rows, device=device_of(inputs)) < state.remainder}
 
 
 class TermMeter:

@@ -14,13 +14,16 @@ def label_order(student_id2label: Mapping[int, str], teacher_id2label: Mapping[i
     Raises:
         ValueError: the sets differ; the message lists the names that only one side has.
     """
-    student, teacher = ([str(table[i]).casefold() for i in sorted(table)] for table in (student_id2label, teacher_id2label))
+    student, teacher = (
+        [str(table[i]).casefold() for i in sorted(table)] for table in (student_id2label, teacher_id2label)
+    )
     if len(student) == len(teacher) and (_is_default(student) or _is_default(teacher)):
         return None
     if len({*student}) < len(student) or len({*teacher}) < len(teacher) or {*student} != {*teacher}:
         raise ValueError(
             f"The label sets differ: the student has {len(student)} labels, the teacher {len(teacher)}; "
-            f"only the student has {_some({*student} - {*teacher})}, only the teacher {_some({*teacher} - {*student})}. "
+            f"only the student has {_some({*student} - {*teacher})}, "
+            f"only the teacher {_some({*teacher} - {*student})}. "
             "Load both with the same id2label/label2id, or map the teacher's names to the student's in its config."
         )
     order = tuple(teacher.index(name) for name in student)
@@ -44,8 +47,8 @@ def shared_vocabulary(
         teacher_tokens: token -> id of the teacher's tokenizer, if known.
 
     Raises:
-        ValueError: a token has another id, or is missing, on one side; or the sizes differ and the tokenizers do not show
-            that only padding rows do.
+        ValueError: a token has another id, or is missing, on one side; or the sizes differ and the tokenizers do not
+            show that only padding rows do.
     """
     shared = min(student_size, teacher_size)
     if student_tokens is not None and teacher_tokens is not None and student_tokens != teacher_tokens:
@@ -58,8 +61,8 @@ def shared_vocabulary(
     if unknown or used >= shared:
         known = f"the {unknown[0]}'s tokenizer is not known" if unknown else f"the tokenizers use ids up to {used}"
         raise ValueError(
-            f"The student's head has {student_size} classes, the teacher's {teacher_size}, and {known}: so rows beyond "
-            f"{shared} may be tokens and not padding. Pass processing_class and teacher_processing_class (the same "
+            f"The student's head has {student_size} classes, the teacher's {teacher_size}, and {known}: so rows "
+            f"beyond {shared} may be tokens and not padding. Pass processing_class and teacher_processing_class (the same "
             "tokenizer twice, if it is one), or use a teacher with the student's tokenizer."
         )
     return shared
@@ -85,10 +88,15 @@ def _some(names: set[str], limit: int = 8) -> str:
 
 
 def _vocabulary_difference(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
-    moved = [f"{token!r}: {student[token]} and {teacher[token]}" for token in student if teacher.get(token, student[token]) != student[token]]
+    moved = [
+        f"{token!r}: {student[token]} and {teacher[token]}"
+        for token in student
+        if teacher.get(token, student[token]) != student[token]
+    ]
     return (
         f"The vocabularies differ: the student's tokenizer has {len(student)} tokens, the teacher's {len(teacher)}; "
-        f"only the student has {_some({*student} - {*teacher})}; only the teacher has {_some({*teacher} - {*student})}; "
+        f"only the student has {_some({*student} - {*teacher})}; "
+        f"only the teacher has {_some({*teacher} - {*student})}; "
         f"{len(moved)} shared tokens have another id{' (' + '; '.join(moved[:4]) + ')' if moved else ''}. "
         "Logits can only be compared token by token: use a teacher with the student's tokenizer."
     )

@@ -1,7 +1,7 @@
 """The flat face of the configuration: `TrainingArguments` with the fields of a distillation."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
@@ -16,7 +16,7 @@ class DistillationTrainingArguments(TrainingArguments):
         ValueError: a negative weight, no weight at all, a temperature that is not positive, an unknown loss.
     """
 
-    _VALID_DICT_FIELDS: ClassVar[list[str]] = [
+    _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in TrainingArguments, where dataclass must not take it for a field
         *TrainingArguments._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
         "model_init_kwargs",
@@ -32,20 +32,20 @@ class DistillationTrainingArguments(TrainingArguments):
     kd_loss: str = field(
         default="forward_kl",
         metadata={
-            "help": "Distance of the logits: forward_kl (Hinton et al. 2015; multi-label heads take binary_forward_kl, "
-            "regression heads logit_mse in its place) or logit_mse."
+            "help": "Distance of the logits: forward_kl (Hinton et al. 2015; multi-label heads take "
+            "binary_forward_kl, regression heads logit_mse in its place) or logit_mse."
         },
     )
     temperature: float = field(
         default=2.0,
         metadata={
-            "help": "T > 0 in softmax(logits / T) of teacher and student; the loss is multiplied by T squared, so that "
-            "its gradient stays comparable."
+            "help": "T > 0 in softmax(logits / T) of teacher and student; the loss is multiplied by T squared, so "
+            "that its gradient stays comparable."
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
         default=None,
-        metadata={"help": "Arguments of from_pretrained for a teacher given by name, e.g. '{\"dtype\": \"bfloat16\"}'."},
+        metadata={"help": 'Arguments of from_pretrained for a teacher given by name, e.g. \'{"dtype": "bfloat16"}\'.'},
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
@@ -53,6 +53,9 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name in ("teacher_model_init_kwargs", "model_init_kwargs"):
+            if isinstance(value := getattr(self, name), str):
+                raise ValueError(f'{name}={value!r} is not a JSON object. Write it as \'{{"dtype": "bfloat16"}}\'.')
         _ = self.distillation
 
     @property

@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_distill.collator import TEACHER_PREFIX
-from hf_distill.items import IGNORE_INDEX, LABEL_MASK, Items, find_items
+from hf_distill.items import IGNORE_INDEX, LABEL_MASK, ROW_MASK, Items, find_items
 from hf_distill.pairing import ModelPair
 from hf_distill.signals import Task
-
 
 _TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
 
@@ -49,21 +48,20 @@ def split_batch(
     *,
     frames: Callable[[dict[str, Any]], Tensor],
     special_tokens: Tensor | None = None,
-    rows: Tensor | None = None,
 ) -> Batch:
     """Takes a collated batch apart.
 
     Args:
-        inputs: the batch, on the device.
+        inputs: the batch, on the device; rows where its `ROW_MASK` is False are left out of every term.
         pair: how the student and the teacher fit together.
         frames: makes the mask of a CTC model's output frames of its inputs; called for CTC only.
         special_tokens: (any,) ids that no label-free position may have.
-        rows: (batch,) bool, the rows that count; None for all. Ranks repeat rows to fill the last evaluation batch.
     """
     own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
     teacher_columns = {
         name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if name.startswith(TEACHER_PREFIX)
     }
+    rows = own.pop(ROW_MASK, None)
     if rows is not None:
         own = {**_without_labels(own, rows), LABEL_MASK: own.get(LABEL_MASK, rows) & rows}
     mask = {name: own.pop(name) for name in (LABEL_MASK,) if name in own}

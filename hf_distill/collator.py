@@ -82,19 +82,40 @@ class DistillationCollator:
 
     def _fill_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[bool]]:
         everywhere = [True] * len(rows)
-        columns = SPAN_COLUMNS if self.task is Task.QUESTION_ANSWERING else LABEL_COLUMNS
-        columns = tuple(name for name in columns if any(name in row for row in rows))
+        names = SPAN_COLUMNS if self.task is Task.QUESTION_ANSWERING else LABEL_COLUMNS
+        columns = [name for name in names if any(name in row for row in rows)]
         if not columns or (self.task.is_language_model and self.task is not Task.CTC):
             return rows, everywhere
         if self.task is Task.TOKEN_CLASSIFICATION:  # its labels say by themselves which tokens have one
-            (name, *_) = columns
-            return [
-                row if row.get(name) is not None else {**row, name: [IGNORE_INDEX] * len(row["input_ids"])}
-                for row in rows
-            ], everywhere
+            return [self._with_token_labels(row, columns[0], rows) for row in rows], everywhere
         missing = [any(is_missing(row.get(name)) for name in columns) for row in rows]
+        present = [row[name] for row in rows for name in columns if row.get(name) is not None]
+        filler = self.filler
+        if present and self.task is Task.CTC:  # as long as its neighbours, for collators that stack
+            filler = [IGNORE_INDEX] * max(1, *map(len, present))
+        filler = _like(present[0], filler) if present else filler
         filled = [
-            {**row, **dict.fromkeys(columns, self.filler)} if gap else row
+            {**row, **{name: filler if gap else self._class_index(row[name]) for name in columns}}
             for row, gap in zip(rows, missing, strict=True)
         ]
         return filled, [not gap for gap in missing]
+
+    def _with_token_labels(self, row: dict[str, Any], column: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if row.get(column) is not None:
+            return row
+        like = next((other[column] for other in rows if other.get(column) is not None), None)
+        return {**row, column: _like(like, [IGNORE_INDEX] * len(row["input_ids"]))}
+
+    def _class_index(self, label: Any) -> Any:
+        # A column of integers with gaps comes out of pandas, CSV files and torch formatting as one of floats.
+        is_scalar_float = np.ndim(label) == 0 and np.asarray(label).dtype.kind == "f"
+        if not isinstance(self.filler, int) or not is_scalar_float or not float(label).is_integer():
+            return label
+        return label.long() if isinstance(label, torch.Tensor) else int(label)
+
+
+def _like(label: Any, filler: Any) -> Any:
+    """The filler as the kind of array that `label` is: collators stack tensors with tensors only."""
+    if isinstance(label, torch.Tensor):
+        return torch.tensor(filler)
+    return np.asarray(filler) if isinstance(label, np.ndarray) else filler

@@ -40,7 +40,8 @@ def find_label(dataset: Any, task: Task) -> Any | None:
     if found and found.isdisjoint(columns):
         raise ValueError(
             f"task_weight > 0, but the training data has no column named {' or '.join(columns)} (it has "
-            f"{', '.join(sorted(found))}). Rename the label column, or set task_weight=0 to learn from the teacher alone."
+            f"{', '.join(sorted(found))}). Rename the label column, or set task_weight=0 to learn from the "
+            "teacher alone."
         )
     return None
 
@@ -63,8 +64,8 @@ def label_filler(task: Task, config: Any, label: Any | None) -> Any:
         config: the student's config.
         label: some label of the data set, or None if there is none to look at.
     """
-    if task is Task.CTC:
-        return [0]  # an empty target would leave nothing to pad; the row is masked anyway
+    if task is Task.CTC:  # an empty target would leave nothing to pad
+        return [IGNORE_INDEX]
     if label is None:
         kind = config.problem_type
         is_number = kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1)
@@ -80,6 +81,8 @@ def check_batch(inputs: Mapping[str, Any], task: Task, task_weight: float) -> No
     Raises:
         ValueError: with the collator that makes them.
     """
+    if task is Task.CTC:  # its labels are a column, which `find_label` looks for; a batch may have none
+        return
     if task_weight > 0 and task.is_language_model and not {"labels", "shift_labels"} & {*inputs}:
         remedy = {
             Task.CAUSAL_LM: "DataCollatorForLanguageModeling(tokenizer, mlm=False)",

@@ -1,27 +1,35 @@
 """Evaluation that is exact over batches and ranks, with the teacher's view beside the labels'."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
 
-from hf_distill.accounting import TermMeter
-from hf_distill.items import batch_size
+from hf_distill.accounting import TermMeter, mark_repeated_rows
+from hf_distill.batches import Batch
+
+if TYPE_CHECKING:  # the mixins call and override what a trainer class beside them has
+    from transformers import Trainer as TrainerBase
+else:
+    TrainerBase = object
 
 
 def _evaluation_loss(metrics: Mapping[str, float]) -> float:
     return metrics["eval_loss"]
 
 
-class EvaluationMixin:
+class EvaluationMixin(TrainerBase):
     """`Trainer`'s evaluation, with `eval_loss`, `eval_kd` and `eval_agreement` as sums over global counts.
 
     `Trainer` averages the batches' means, and repeats rows where ranks do not come out even; here each item counts
     once.
     """
+
+    _eval_meter: TermMeter
+    split: Callable[[Mapping[str, Any]], Batch]
 
     def prediction_step(
         self,
@@ -32,7 +40,7 @@ class EvaluationMixin:
         **gen_kwargs: Any,
     ) -> tuple[Tensor | None, Any, Any]:
         """Loss, logits and labels of one evaluation batch, as `Trainer` gives them; the sums go into the meter."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = mark_repeated_rows(self._prepare_inputs(inputs), self.accelerator)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
         student = self.split(inputs).student
@@ -42,15 +50,16 @@ class EvaluationMixin:
         if prediction_loss_only:
             return loss, None, None
         if ignore_keys is None:
-            ignore_keys = getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"])
+            ignore_keys = getattr(
+                getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"]
+            )
         logits = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
-        labels = tuple(student.get(name) for name in self.label_names)
-        labels = None if not labels or any(label is None for label in labels) else nested_detach(labels)
-        return (
-            loss,
-            logits[0] if len(logits) == 1 else logits,
-            labels[0] if labels is not None and len(labels) == 1 else labels,
-        )
+        labels: Any = nested_detach(tuple(student[name] for name in self.label_names if name in student))
+        if len(labels) < len(self.label_names) or not labels:
+            labels = None
+        elif len(labels) == 1:
+            labels = labels[0]
+        return loss, logits[0] if len(logits) == 1 else logits, labels
 
     def evaluation_loop(
         self,
@@ -66,10 +75,11 @@ class EvaluationMixin:
             dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
         )
         totals = self._eval_meter.totals(self.accelerator)
+        metrics = {} if output.metrics is None else output.metrics
         for metric, divisor in (("loss", "task_items"), ("kd", "kd_items"), ("agreement", "kd_items")):
             if totals.get(divisor) and metric in totals:
-                output.metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals[divisor]
-        return output
+                metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals[divisor]
+        return output._replace(metrics=metrics)
 
     def hyperparameter_search(
         self,
@@ -83,13 +93,3 @@ class EvaluationMixin:
         `Trainer` would add up every metric there is, agreement and distance alike.
         """
         return super().hyperparameter_search(hp_space, compute_objective or _evaluation_loss, *args, **kwargs)
-
-    def _rows_that_count(self, inputs: Mapping[str, Any]) -> Tensor | None:
-        """(batch,) False for rows that fill the last batch a second time, as `gather_for_metrics` drops them."""
-        state = self.accelerator.gradient_state
-        if self.accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
-            return None
-        rows = batch_size(inputs)
-        first = rows * self.accelerator.process_index
-        device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-        return torch.arange(first, first + rows, device=device) < state.remainder

@@ -12,6 +12,8 @@ IGNORE_INDEX = -100
 # (batch,) bool, put into a batch by `DistillationCollator` only if a row of it has no label. Whether the key is
 # there is known on the host, so nothing is read back from the device to choose a path.
 LABEL_MASK = "label_mask"
+# (batch,) bool, put by the trainer into a batch that repeats rows because the ranks did not come out even.
+ROW_MASK = "row_mask"
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,8 @@ def find_items(
         items = _position_items(task, inputs, special_tokens)
     if keep is None:
         return items
-    labelled = items.of_rows(keep)
-    return Items(labelled.task, items.kd, labelled.labelled)
+    kept = items.of_rows(keep)
+    return Items(kept.task, items.kd, kept.labelled)
 
 
 def _none(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -51,12 +51,10 @@ def kd_sum(
                 f"The logits have {tuple(value.shape)} items, the batch {tuple(batch.items.kd.shape)}. A model that "
                 "adds or drops positions (prompt tuning, patch merging) cannot be distilled position by position."
             )
-    return sum(masked_sum(value, batch.items.kd) for value in values) / len(values)
+    return torch.stack([masked_sum(value, batch.items.kd) for value in values]).mean()
 
 
-def agreement_sum(
-    pairs: list[tuple[Tensor, Tensor]], batch: Batch, *, task: Task, problem_type: str
-) -> Tensor | None:
+def agreement_sum(pairs: list[tuple[Tensor, Tensor]], batch: Batch, *, task: Task, problem_type: str) -> Tensor | None:
     """On how many KD items student and teacher choose alike: scalar; None for regression, which chooses nothing."""
     if task is Task.SEQUENCE_CLASSIFICATION and problem_type == "regression":
         return None

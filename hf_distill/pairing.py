@@ -118,8 +118,8 @@ def _label_order(student_config: Any, teacher_config: Any) -> tuple[int, ...] | 
     if defaults[0] != defaults[1] and len(tables[0]) > 1:
         named, unnamed = ("teacher", "student") if defaults[0] else ("student", "teacher")
         warnings.warn(
-            f"Only the {named} names its labels; the {unnamed}'s {len(tables[0])} labels are taken to stand in the same "
-            f"order. Set id2label and label2id of the {unnamed} to be sure.",
+            f"Only the {named} names its labels; the {unnamed}'s {len(tables[0])} labels are taken to stand in the "
+            f"same order. Set id2label and label2id of the {unnamed} to be sure.",
             stacklevel=2,
         )
     return order
@@ -131,13 +131,16 @@ def _has_default_names(table: Mapping[int, str]) -> bool:
 
 def _tokens(tokenizer: Any | None) -> dict[str, int] | None:
     # A multimodal processor carries its tokenizer; an image processor or feature extractor has none.
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    return tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+    text: Any = getattr(tokenizer, "tokenizer", tokenizer)
+    return text.get_vocab() if hasattr(text, "get_vocab") else None
 
 
 def special_tokens(tokenizer: Any | None, device: torch.device) -> Tensor | None:
-    """(any,) the ids of a tokenizer's special tokens, or None without a tokenizer."""
+    """(any,) the ids of a tokenizer's special tokens, or None without a tokenizer. An unknown word is still a word."""
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     ids: Iterable[int] = getattr(tokenizer, "all_special_ids", ())
-    ids = [*ids]
+    # GPT-2 and its kin have one token for unknown, beginning and end.
+    marks = {getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos", "sep", "cls", "pad")}
+    unknown = {getattr(tokenizer, "unk_token_id", None)} - marks
+    ids = [token for token in ids if token not in unknown]
     return torch.tensor(ids, device=device) if ids else None

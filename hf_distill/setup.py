@@ -29,8 +29,8 @@ def check_arguments(args: TrainingArguments, expected: type[DistillationTraining
     terms = args.distillation
     if args.n_gpu > 1:
         raise ValueError(
-            f"{args.n_gpu} GPUs in one process would run under DataParallel, whose replicas' means cannot be made exact. "
-            "Start one process per GPU with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
+            f"{args.n_gpu} GPUs in one process would run under DataParallel, whose replicas' means cannot be made "
+            "exact. Start one process per GPU with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
     if args.use_liger_kernel and terms.logits.weight > 0:
         raise ValueError(
@@ -58,8 +58,8 @@ def make_teacher(
         if args.distillation.logits.weight == 0:
             return None
         raise ValueError(
-            f"kd_weight={args.kd_weight}, but there is no teacher. Pass teacher_model= (a module, a name or a path), give "
-            "a PEFT student, whose base then teaches, or set kd_weight=0."
+            f"kd_weight={args.kd_weight}, but there is no teacher. Pass teacher_model= (a module, a name or a path), "
+            "give a PEFT student, whose base then teaches, or set kd_weight=0."
         )
     if isinstance(teacher_model, str | os.PathLike):
         # Loading may initialise a head at random: the student's training must not depend on that.
@@ -80,9 +80,7 @@ def make_teacher(
     )
 
 
-def teacher_tokenizer(
-    teacher_model: Any, teacher: Teacher, processing_class: Any | None
-) -> Any | None:
+def teacher_tokenizer(teacher_model: Any, teacher: Teacher, processing_class: Any | None) -> Any | None:
     """The tokenizer that came with the teacher, where vocabularies are compared and one can be found, else None."""
     if isinstance(teacher, AdapterOffTeacher):
         return processing_class

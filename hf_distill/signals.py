@@ -62,10 +62,11 @@ def read_logits(task: Task, outputs: Any) -> tuple[Tensor, ...]:
         ValueError: the output holds none, as with a fused loss that never forms them.
     """
     names = ("start_logits", "end_logits") if task is Task.QUESTION_ANSWERING else ("logits",)
-    values = tuple(outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None) for name in names)
-    if any(value is None for value in values):
+    values = [outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None) for name in names]
+    logits = tuple(value for value in values if value is not None)
+    if len(logits) < len(names):
         raise ValueError(
             f"The model's output holds no {' and '.join(names)} (it holds {list(outputs)}), which distillation of "
             f"{task} compares. Turn off fused losses (use_liger_kernel) and keep return_dict=True."
         )
-    return values
+    return logits

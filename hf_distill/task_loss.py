@@ -17,9 +17,7 @@ from hf_distill.losses.base import masked_sum
 from hf_distill.signals import Task
 
 
-def task_loss(
-    outputs: Any, batch: Batch, counts: StepCounts, *, task: Task, problem_type: str, config: Any
-) -> Tensor:
+def task_loss(outputs: Any, batch: Batch, counts: StepCounts, *, task: Task, problem_type: str, config: Any) -> Tensor:
     """This batch's share of the mean task loss: scalar, 0 with a graph where the batch has no labelled item.
 
     Args:
@@ -33,7 +31,7 @@ def task_loss(
     ctc_sum = is_sum(task, config)
     own_mean = batch.all_labelled and (counts.single or ctc_sum or task is not Task.QUESTION_ANSWERING)
     if not own_mean and (values := _item_losses(outputs, batch, task, problem_type, config)) is not None:
-        divisors = (1, 1) if ctc_sum else counts.task
+        divisors: tuple[Tensor | int, ...] = (1, 1) if ctc_sum else counts.task
         parts = [
             masked_sum(value, mask) / _at_least_one(divisor)
             for value, mask, divisor in zip(values, batch.items.task, divisors, strict=False)
@@ -45,6 +43,22 @@ def task_loss(
     return torch.where(present > 0, outputs["loss"] * share, 0.0)
 
 
+def check_smoothing(task: Task, problem_type: str, labels: Tensor | None) -> None:
+    """Refuses label smoothing where an item has no single class to smooth.
+
+    `Trainer` ignores the option for question answering and forms a meaningless loss for CTC.
+
+    Raises:
+        ValueError: the head is not trained on one class per item, or the batch has no `labels`.
+    """
+    is_class = task is not Task.SEQUENCE_CLASSIFICATION or problem_type == "single_label_classification"
+    if labels is None or not is_class or task in (Task.QUESTION_ANSWERING, Task.CTC):
+        raise ValueError(
+            f"label_smoothing_factor > 0 needs `labels` with one class per item, which {task} has not here "
+            f"(problem_type: {problem_type}). Set label_smoothing_factor=0: the teacher's soft labels smooth already."
+        )
+
+
 def is_sum(task: Task, config: Any) -> bool:
     """Whether the head adds its rows' losses up instead of averaging them, as CTC does by default."""
     return task is Task.CTC and config.ctc_loss_reduction == "sum"
@@ -54,9 +68,7 @@ def _at_least_one(count: Tensor | int) -> Tensor | int:
     return count.clamp(min=1) if isinstance(count, Tensor) else count
 
 
-def _item_losses(
-    outputs: Any, batch: Batch, task: Task, problem_type: str, config: Any
-) -> tuple[Tensor, ...] | None:
+def _item_losses(outputs: Any, batch: Batch, task: Task, problem_type: str, config: Any) -> tuple[Tensor, ...] | None:
     """One value per row, for each target; None where the model's own mean leaves unlabelled items out by itself."""
     if task is Task.QUESTION_ANSWERING:
         sides = (("start_logits", "start_positions"), ("end_logits", "end_positions"))

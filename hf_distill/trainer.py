@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
 
-from hf_distill.accounting import StepCounts, TermMeter
+from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
 from hf_distill.batches import Batch, split_batch
 from hf_distill.collator import TEACHER_PREFIX, DistillationCollator
@@ -21,7 +21,7 @@ from hf_distill.objective import agreement_sum, kd_sum
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import check_arguments, make_teacher, teacher_tokenizer
 from hf_distill.signals import Task, read_logits
-from hf_distill.task_loss import is_sum, task_loss
+from hf_distill.task_loss import check_smoothing, is_sum, task_loss
 from hf_distill.teachers import Teacher, load_student
 
 
@@ -43,8 +43,12 @@ class DistillationMixin(EvaluationMixin):
     """
 
     # Our loss is normalised over the whole accumulation window; Trainer must not divide it again.
-    loss_is_scaled_for_ga = True
-    _arguments_class = DistillationTrainingArguments
+    loss_is_scaled_for_ga: bool | None = True
+    _arguments_class: type[DistillationTrainingArguments] = DistillationTrainingArguments
+    args: DistillationTrainingArguments
+    model: Any
+    teacher: Teacher | None
+    _pair: ModelPair
 
     def __init__(
         self,
@@ -59,10 +63,8 @@ class DistillationMixin(EvaluationMixin):
             args = self._arguments_class(output_dir="tmp_trainer")
         check_arguments(args, self._arguments_class)
         if isinstance(model, str | os.PathLike):
-            model = load_student(
-                model, teacher_model if isinstance(teacher_model, nn.Module) else None, args.model_init_kwargs
-            )
-        self._pair: ModelPair | None = None
+            teacher_module = teacher_model if isinstance(teacher_model, nn.Module) else None
+            model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
         self._meter, self._eval_meter, self._windows = TermMeter(), TermMeter(), 0
         self._teacher_tokenizer = teacher_processing_class
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
@@ -100,16 +102,17 @@ class DistillationMixin(EvaluationMixin):
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh student, checked against the teacher like the first."""
         model = super().call_model_init(trial)
-        if self._pair is not None:
+        if hasattr(self, "_pair"):
             self._pair = self._pair_with(model)
         return model
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
             super()._set_signature_columns_if_needed()
-            teacher_names = set() if self.teacher is None else input_names(self.teacher.model)
-            self._signature_columns += [TEACHER_PREFIX + name for name in sorted(teacher_names)]
-            self._signature_columns += [*sorted(self._pair.teacher_only_inputs), LABEL_MASK]
+            teacher_names = frozenset() if self.teacher is None else input_names(self.teacher.model)
+            own = [*(TEACHER_PREFIX + name for name in sorted(teacher_names)), *sorted(self._pair.teacher_only_inputs)]
+            columns: Any = self._signature_columns  # declared as None, whatever it holds
+            columns += [*own, LABEL_MASK]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` and a hyperparameter search come here anew: nothing of the last try may be logged.
@@ -118,21 +121,21 @@ class DistillationMixin(EvaluationMixin):
         check_arguments(self.args, self._arguments_class)
         return super()._inner_training_loop(*args, **kwargs)
 
-    def split(self, inputs: Mapping[str, Any], rows: Tensor | None = None) -> Batch:
+    def split(self, inputs: Mapping[str, Any]) -> Batch:
         """A collated batch, taken apart into what the student reads, what the teacher reads, and which items count."""
         return split_batch(
             inputs,
             self._pair,
             frames=lambda student: frame_mask(self.model, student),
             special_tokens=self._special_tokens,
-            rows=rows,
         )
 
-    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], StepCounts | None]:
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
         """A window of micro-batches, with its items counted over the window and all ranks in place of a number."""
         batches, _ = super().get_batch_samples(*args, **kwargs)
         if not batches:
             return batches, None
+        batches[-1] = mark_repeated_rows(batches[-1], self.accelerator)
         if self._windows == 0:
             check_batch(batches[0], self._pair.task, self.args.task_weight)
         counts = StepCounts.of_window(
@@ -154,7 +157,7 @@ class DistillationMixin(EvaluationMixin):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: StepCounts | None = None,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The weighted sum of the terms, each a share of its mean over the window and all ranks.
 
@@ -167,7 +170,7 @@ class DistillationMixin(EvaluationMixin):
         Returns: the loss, scalar; in evaluation the task loss alone, or None without labels.
         """
         terms = self.args.distillation
-        batch = self.split(inputs, rows=None if model.training else self._rows_that_count(inputs))
+        batch = self.split(inputs)
         counts = num_items_in_batch if isinstance(num_items_in_batch, StepCounts) else StepCounts.of_batch(batch.items)
         teacher_output = None
         if self.teacher is not None and (terms.logits.weight > 0 or not model.training):
@@ -201,12 +204,11 @@ class DistillationMixin(EvaluationMixin):
         items = counts.task[0].clamp(min=1)
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, labels, num_items_in_batch=items)
-        if self.label_smoother is not None and labels is not None:
+        if self.label_smoother is not None:
+            check_smoothing(self._pair.task, kind, labels)
             shifts = self._pair.task is Task.CAUSAL_LM
             return self.label_smoother(outputs, labels, shift_labels=shifts, num_items_in_batch=items)
-        return task_loss(
-            outputs, batch, counts, task=self._pair.task, problem_type=kind, config=self._student_config
-        )
+        return task_loss(outputs, batch, counts, task=self._pair.task, problem_type=kind, config=self._student_config)
 
     def _weighted(
         self,
@@ -219,17 +221,19 @@ class DistillationMixin(EvaluationMixin):
         """The loss to minimise, with each term in the meter before its weight."""
         parts = []
         if terms.task.weight > 0:
-            # A batch of unlabelled rows alone must still give a number and a graph.
-            task = 0.0 * read_logits(self._pair.task, outputs)[0].sum() if task is None else task
+            # A batch of unlabelled rows alone must still give a number and a graph; 0 * (a sum of -inf) would be NaN.
+            task = read_logits(self._pair.task, outputs)[0][:0].sum() if task is None else task
             parts.append(("loss_task", terms.task.weight, task))
         if kd is not None:
             parts.append(("loss_kd", terms.logits.weight, kd / counts.kd.clamp(min=1)))
         for name, _, value in parts:
             self._meter.add(name, value * counts.world_scale)
-        loss = sum(value if weight == 1 else weight * value for _, weight, value in parts)
+        loss = torch.stack([value if weight == 1 else weight * value for _, weight, value in parts]).sum()
         return loss if counts.world_scale == 1 else loss * counts.world_scale
 
-    def _add_to_evaluation(self, batch: Batch, task: Tensor | None, kd: Tensor | None, agreement: Tensor | None) -> None:
+    def _add_to_evaluation(
+        self, batch: Batch, task: Tensor | None, kd: Tensor | None, agreement: Tensor | None
+    ) -> None:
         items = batch.items.counts()
         if task is not None:
             is_mean = not is_sum(self._pair.task, self._student_config)
@@ -260,7 +264,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
     """`transformers.Trainer` that distils: the same arguments, plus `teacher_model` (see `DistillationMixin`)."""
 
 
-class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
-    """`transformers.Seq2SeqTrainer` that distils: the same arguments, plus `teacher_model` (see `DistillationMixin`)."""
+class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):  # type: ignore[misc]
+    """`transformers.Seq2SeqTrainer` that distils: its arguments plus `teacher_model` (see `DistillationMixin`)."""
 
     _arguments_class = Seq2SeqDistillationTrainingArguments

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import tokenizers
 import torch
 import transformers as hf
 
@@ -212,6 +213,22 @@ def wav2vec2(head: str = "CTC", hidden: int = 32, layers: int = 2, reduction: st
     )
 
 
+def tokenizer(words: list[str] | None = None, **options: Any) -> Any:
+    """A word-level tokenizer; its ids 0 to 4 are [PAD] [UNK] [CLS] [SEP] [MASK], then come the words."""
+    words = [f"w{i}" for i in range(VOCABULARY - 5)] if words is None else words
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    model = tokenizers.models.WordLevel({word: i for i, word in enumerate([*special, *words])}, unk_token="[UNK]")
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
+    )
+    names = {
+        name: f"[{name[:-6].upper()}]" for name in ("pad_token", "unk_token", "cls_token", "sep_token", "mask_token")
+    }
+    return hf.PreTrainedTokenizerFast(tokenizer_object=backend, **names, **options)
+
+
 def _text_row(i: int, generator: torch.Generator, length: int) -> dict[str, Any]:
     real = 4 + (3 * i) % (length - 3)
     tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
@@ -291,13 +308,18 @@ ZOO: dict[str, tuple[Callable[..., Any], str]] = {
 }
 
 
+# Heads of a few classes, whose initial logits are all near 0.
+_CLASSIFIERS = ("classifier", "qa_outputs", "lm_head")
+
+
 def pair(name: str, *, seed: int = 0) -> tuple[Any, Any]:
     """A student and a larger teacher of one family, far enough apart that the logit term matters."""
     make, _ = ZOO[name]
     torch.manual_seed(seed + 1)
     teacher = make(hidden=48, layers=3)
     with torch.no_grad():
-        for parameter in teacher.parameters():
-            parameter.mul_(2.5 if parameter.dim() > 1 else 1.0)
+        for parameter_name, parameter in teacher.named_parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(25.0 if parameter_name.startswith(_CLASSIFIERS) else 2.5)
     torch.manual_seed(seed)
     return make(), teacher

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-# A CPU is fastest while the scratch stays in its last-level cache (4 MiB: 1.5 ns per logit, 64 MiB: 6 ns); other
-# devices need blocks large enough to hide the launch of each operation.
+# A CPU is fastest while the scratch stays in its cache: 2048 x 32,000 logits in one block took three times as long in
+# float32 and five times in bfloat16. Other devices need blocks large enough to hide the launch of each operation.
 _CPU_SCRATCH_BYTES = 4 * 2**20
 _DEVICE_SCRATCH_BYTES = 256 * 2**20
 
@@ -61,8 +60,10 @@ class _AttachedGradient(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, values_gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        # `once_differentiable` would not do: it lets a second derivative be 0 where the incoming gradient is constant.
+        if torch.is_grad_enabled():
+            raise RuntimeError("This loss has no second derivative. Call backward without create_graph=True.")
         direction, scale = ctx.saved_tensors
         if _graph_is_retained():
             direction = direction.clone()

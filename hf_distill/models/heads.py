@@ -1,4 +1,4 @@
-"""Which task a model's head serves, and the inputs it takes: read from Transformers' own tables, then from structure."""
+"""Which task a model's head serves, and the inputs it takes: from Transformers' own tables, then from structure."""
 
 import inspect
 import sys
@@ -42,10 +42,10 @@ _LOSS_TYPES = {
 }
 
 
-def task_model(model: nn.Module) -> nn.Module:
+def task_model(model: nn.Module) -> Any:
     """The Transformers model itself: `model` without the PEFT or compile wrapper around it."""
-    model = getattr(model, "_orig_mod", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = getattr(model, "_orig_mod", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def _class_names(auto_class: str) -> set[str]:
@@ -66,24 +66,24 @@ def find_task(model: nn.Module) -> Task:
     Raises:
         ValueError: neither Transformers' tables nor the model's structure say what the head predicts.
     """
-    model = task_model(model)
-    auto_class = auto_class_name(model)
+    head = task_model(model)
+    auto_class = auto_class_name(head)
     if auto_class is not None:
         task = _AUTO_CLASSES[auto_class][1]
-    elif "start_positions" in inspect.signature(model.forward).parameters:
+    elif "start_positions" in inspect.signature(head.forward).parameters:
         task = Task.QUESTION_ANSWERING
-    elif (loss_type := getattr(model, "loss_type", None)) in _LOSS_TYPES:
+    elif (loss_type := getattr(head, "loss_type", None)) in _LOSS_TYPES:
         task = _LOSS_TYPES[loss_type]
-    elif hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
-        task = Task.CAUSAL_LM if model.can_generate() else Task.MASKED_LM
+    elif hasattr(head, "get_output_embeddings") and head.get_output_embeddings() is not None:
+        task = Task.CAUSAL_LM if head.can_generate() else Task.MASKED_LM
     else:
         raise ValueError(
-            f"Cannot tell what the head of {type(model).__name__} predicts: it stands in none of Transformers' tables "
+            f"Cannot tell what the head of {type(head).__name__} predicts: it stands in none of Transformers' tables "
             f"for {', '.join(auto.removeprefix('AutoModelFor') for auto in _AUTO_CLASSES)} and has no language-model "
             "head. Use a model with one of these heads, or name your class after one (MyBertForTokenClassification)."
         )
     is_text_generator = task in (Task.CAUSAL_LM, Task.MASKED_LM)
-    return Task.SEQ2SEQ_LM if is_text_generator and model.config.is_encoder_decoder else task
+    return Task.SEQ2SEQ_LM if is_text_generator and head.config.is_encoder_decoder else task
 
 
 def input_names(model: nn.Module) -> frozenset[str]:
@@ -92,7 +92,7 @@ def input_names(model: nn.Module) -> frozenset[str]:
 
 
 def problem_type(config: Any, labels: Tensor | None) -> str:
-    """`regression`, `multi_label_classification` or `single_label_classification`, by the rule Transformers' heads use.
+    """`regression`, `multi_label_classification` or `single_label_classification`, by the rule of Transformers' heads.
 
     Args:
         config: the model's config; its `problem_type` wins.
@@ -112,27 +112,27 @@ def frame_mask(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     Raises:
         ValueError: the model does not say how many frames an input becomes.
     """
-    model = task_model(model)
-    values = inputs[model.main_input_name]
-    if not hasattr(model, "_get_feat_extract_output_lengths"):
+    head = task_model(model)
+    values = inputs[head.main_input_name]
+    if not hasattr(head, "_get_feat_extract_output_lengths"):
         raise ValueError(
-            f"{type(model).__name__} does not say how many frames it makes of an input (it has no "
+            f"{type(head).__name__} does not say how many frames it makes of an input (it has no "
             "_get_feat_extract_output_lengths), so its frames cannot be counted. Use a Wav2Vec2-like CTC model."
         )
     mask = inputs.get("attention_mask")
     lengths = torch.full((len(values),), values.shape[1], device=values.device) if mask is None else mask.sum(-1)
-    frames = int(model._get_feat_extract_output_lengths(torch.tensor(values.shape[1])))
-    lengths = model._get_feat_extract_output_lengths(lengths).to(torch.long)
+    frames = int(head._get_feat_extract_output_lengths(torch.tensor(values.shape[1])))
+    lengths = head._get_feat_extract_output_lengths(lengths).to(torch.long)
     return torch.arange(frames, device=values.device) < lengths[:, None]
 
 
 def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
     """What an encoder-decoder model needs to decode `labels` (batch, length) without forming its own loss."""
-    model = task_model(model)
-    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        return {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels)}
-    shift = getattr(sys.modules[type(model).__module__], "shift_tokens_right", None)
+    head = task_model(model)
+    if hasattr(head, "prepare_decoder_input_ids_from_labels"):
+        return {"decoder_input_ids": head.prepare_decoder_input_ids_from_labels(labels)}
+    shift = getattr(sys.modules[type(head).__module__], "shift_tokens_right", None)
     if shift is not None:  # Whisper has the function and not the method
-        config = model.config
+        config = head.config
         return {"decoder_input_ids": shift(labels, config.pad_token_id, config.decoder_start_token_id)}
     return {"labels": labels}

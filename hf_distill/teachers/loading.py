@@ -1,6 +1,5 @@
 """Models given by name or path: the right Auto class, found through the other model of the pair."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import transformers
@@ -10,13 +9,13 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_distill.models.heads import auto_class_name, task_model
 
 
-def load_teacher(name: str, student: nn.Module, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def load_teacher(name: str, student: nn.Module, init_kwargs: Any = None) -> PreTrainedModel:
     """The teacher `name` with the student's kind of head, in the dtype it was saved in.
 
     Args:
         name: a Hub name or a local folder.
         student: whose head decides the Auto class.
-        init_kwargs: arguments of `from_pretrained`, such as `dtype`, `device_map`, `revision`.
+        init_kwargs: dict or None, arguments of `from_pretrained`, such as `dtype`, `device_map`, `revision`.
 
     Raises:
         ValueError: no Auto class builds models like the student.
@@ -30,13 +29,13 @@ def load_teacher(name: str, student: nn.Module, init_kwargs: Mapping[str, Any] |
     return getattr(transformers, auto_class).from_pretrained(name, **{"dtype": "auto", **(init_kwargs or {})})
 
 
-def load_student(name: str, teacher: nn.Module | None, init_kwargs: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) -> PreTrainedModel:
     """The student `name` with the teacher's kind of head and labels, or with its own where the teacher is no module.
 
     Args:
         name: a Hub name or a local folder.
         teacher: the teacher if it is loaded already.
-        init_kwargs: arguments of `from_pretrained`.
+        init_kwargs: dict or None, arguments of `from_pretrained`.
 
     Raises:
         ValueError: neither the teacher nor the student's config says which head to load.
@@ -49,8 +48,8 @@ def load_student(name: str, teacher: nn.Module | None, init_kwargs: Mapping[str,
         return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
     hub_names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in hub_names if key in kwargs})
-    architecture = next(iter(config.architectures or ()), None)
-    if not hasattr(transformers, architecture or ""):
+    architecture = next(iter(config.architectures or ()), "")
+    if not hasattr(transformers, architecture):
         raise ValueError(
             f"model={name!r} is a name, and its config does not say which head it has (architectures="
             f"{config.architectures}). Load the student yourself and pass the module."

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ class LocalTeacher:
     """
 
     def __init__(self, model: nn.Module, *, autocast: Callable[[], AbstractContextManager] = nullcontext) -> None:
-        self._model = model.eval()
+        self._model: Any = model.eval()
         self._autocast = autocast
         self._task = find_task(model)
         self._names = input_names(model)
@@ -83,7 +84,7 @@ class AdapterOffTeacher:
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
         """The base's logits for a batch."""
-        student = self._student()
+        student: Any = self._student()
         with _in_eval_mode(student), student.disable_adapter():
             return LocalTeacher(student, autocast=self._autocast)(inputs)
 

@@ -1,0 +1,109 @@
+"""The scripts as a user runs them: on local files, alone and under `accelerate launch` with two processes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
+
+from hf_distill.demo.models import train_wordpiece
+
+ROOT = Path(__file__).parents[1]
+TWO_PROCESSES = [
+    "-m",
+    "accelerate.commands.launch",
+    f"--config_file={ROOT / 'examples/accelerate/cpu_2_processes.yaml'}",
+    "--main_process_port=0",
+]
+pytestmark = pytest.mark.slow
+
+
+def _run(script: str, *options: str, processes: int = 1) -> None:
+    launcher = TWO_PROCESSES if processes == 2 else []
+    command = [sys.executable, *launcher, str(ROOT / "scripts" / script), *options]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def _options(folder: Path, output: str, batch_size: int) -> list[str]:
+    return [
+        f"--teacher={folder / 'teacher'}",
+        f"--student={folder / 'student'}",
+        f"--output_dir={folder / output}",
+        f"--per_device_train_batch_size={batch_size}",
+        "--max_steps=4",
+        "--logging_steps=1",
+        "--use_cpu",
+        "--report_to=none",
+        "--disable_tqdm=true",
+    ]
+
+
+def _save_pair(folder: Path, make, tokenizer: PreTrainedTokenizerFast) -> None:
+    for name, width in (("teacher", 48), ("student", 32)):
+        torch.manual_seed(width)
+        make(width).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+
+
+def _assert_same_run(alone: Path, together: Path) -> None:
+    logs = [
+        json.loads((folder / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+        for folder in (alone, together)
+    ]
+    for name in ("loss", "loss_task", "loss_kd"):
+        values = [[row[name] for row in log if name in row] for log in logs]
+        assert len(values[0]) == 4
+        assert values[1] == pytest.approx(values[0], rel=1e-4)
+    metrics = [json.loads((folder / "eval_results.json").read_text()) for folder in (alone, together)]
+    for name in ("eval_loss", "eval_kd", "eval_agreement"):
+        assert metrics[1][name] == pytest.approx(metrics[0][name], rel=1e-4)
+    weights = [load_file(folder / "model.safetensors") for folder in (alone, together)]
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
+
+
+def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_and_two_processes(tmp_path):
+    words = ["rain", "sun", "song", "band", "table", "chair"]
+    lines = [
+        (f"{words[i % 6]} {words[(i + i // 6) % 6]} {i % 5}", f"class {i % 3}" if i % 4 else "") for i in range(64)
+    ]
+    dataset = tmp_path / "texts.csv"
+    dataset.write_text("text,label\n" + "\n".join(f"{text},{label}" for text, label in lines))
+    labels = {i: f"class {i}" for i in range(3)}
+    tokenizer = train_wordpiece([text for text, _ in lines], vocabulary_size=90)
+    _save_pair(tmp_path, lambda width: tiny.bert(hidden=width, id2label=labels), tokenizer)
+    for output, batch_size, processes in (("alone", 16, 1), ("together", 8, 2)):
+        _run(
+            "distill_text_classification.py",
+            *_options(tmp_path, output, batch_size),
+            f"--dataset={dataset}",
+            processes=processes,
+        )
+    _assert_same_run(tmp_path / "alone", tmp_path / "together")
+    student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone")
+    assert student.config.id2label == labels
+
+
+def test_language_model_on_a_text_file_gives_one_result_on_one_and_two_processes(tmp_path):
+    dataset = tmp_path / "corpus.txt"
+    dataset.write_text("\n".join(f"the {i} cats sat on the {i * 7 % 13} mats and ran" for i in range(300)))
+    tokenizer = train_wordpiece(dataset.read_text().splitlines(), vocabulary_size=90)
+    _save_pair(tmp_path, lambda width: tiny.llama(hidden=width, vocab_size=len(tokenizer)), tokenizer)
+    for output, batch_size, processes in (("alone", 8, 1), ("together", 4, 2)):
+        _run(
+            "distill_language_model.py",
+            *_options(tmp_path, output, batch_size),
+            f"--dataset={dataset}",
+            "--block_size=16",
+            processes=processes,
+        )
+    _assert_same_run(tmp_path / "alone", tmp_path / "together")
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.vocab_size == len(tokenizer)
