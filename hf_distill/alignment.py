@@ -62,8 +62,8 @@ def shared_vocabulary(
         known = f"the {unknown[0]}'s tokenizer is not known" if unknown else f"the tokenizers use ids up to {used}"
         raise ValueError(
             f"The student's head has {student_size} classes, the teacher's {teacher_size}, and {known}: so rows "
-            f"beyond {shared} may be tokens and not padding. Pass processing_class and teacher_processing_class (the same "
-            "tokenizer twice, if it is one), or use a teacher with the student's tokenizer."
+            f"beyond {shared} may be tokens and not padding. Pass processing_class and teacher_processing_class "
+            "(the same tokenizer twice, if it is one), or use a teacher with the student's tokenizer."
         )
     return shared
 

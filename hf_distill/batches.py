@@ -12,7 +12,7 @@ from hf_distill.items import IGNORE_INDEX, LABEL_MASK, ROW_MASK, Items, find_ite
 from hf_distill.pairing import ModelPair
 from hf_distill.signals import Task
 
-_TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
+TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Batch:
     @property
     def labels(self) -> dict[str, Any]:
         """Those of the student's inputs that are targets."""
-        return {name: value for name, value in self.student.items() if name in _TARGETS}
+        return {name: value for name, value in self.student.items() if name in TARGETS}
 
     @property
     def unlabelled_student(self) -> dict[str, Any]:
         """The student's inputs without the targets."""
-        return {name: value for name, value in self.student.items() if name not in _TARGETS}
+        return {name: value for name, value in self.student.items() if name not in TARGETS}
 
 
 def split_batch(
@@ -86,7 +86,7 @@ def split_batch(
 def _without_labels(inputs: dict[str, Any], rows: Tensor) -> dict[str, Any]:
     """The inputs with integer labels of the other rows set to -100, so that a model's own mean leaves them out."""
     filled = dict(inputs)
-    for name in _TARGETS:
+    for name in TARGETS:
         value = inputs.get(name)
         if isinstance(value, Tensor) and not value.is_floating_point():
             filled[name] = torch.where(rows.view(-1, *[1] * (value.dim() - 1)), value, IGNORE_INDEX)

@@ -15,20 +15,29 @@ LABEL_COLUMNS = ("label", "labels", "label_ids")
 SPAN_COLUMNS = ("start_positions", "end_positions")
 
 
+def _gaps(label: Any) -> np.ndarray:
+    """Which entries of a label say that there is none."""
+    values = np.asarray(np.nan if label is None else label, dtype=np.float64)
+    return np.isnan(values) | (values == IGNORE_INDEX)
+
+
 def is_missing(label: Any) -> bool:
     """Whether a label is None, NaN, -100, empty, or a sequence of nothing else."""
-    if label is None:
-        return True
-    values = np.asarray(label, dtype=np.float64)
-    return bool((np.isnan(values) | (values == IGNORE_INDEX)).all())
+    return bool(_gaps(label).all())
+
+
+def is_incomplete(label: Any) -> bool:
+    """Whether a label is missing or, being a sequence, partly so."""
+    return is_missing(label) or bool(_gaps(label).any())
 
 
 class DistillationCollator:
     """Calls a collator on the student's columns, pads the `teacher_*` columns apart, and fills missing labels.
 
-    A label is missing where its column is absent, None, NaN or -100. It is filled so that the collator can make a
-    tensor of it; `label_mask` (batch,) then tells such rows, and is in a batch only if it has one. A batch in which no
-    row has a label column is passed on as it is. `DistillationTrainer` puts this around its collator by itself.
+    A label is missing where its column is absent, None, NaN or -100; many labels are, where one of them is. It is
+    filled so that the collator can make a tensor of it; `label_mask` (batch,) then tells such rows, and is in a batch
+    only if it has one. A batch in which no row has a label column is passed on as it is. `DistillationTrainer` puts
+    this around its collator by itself.
 
     Args:
         collator: what makes a batch of the student's columns. Attributes not found here are looked up in it.
@@ -88,7 +97,8 @@ class DistillationCollator:
             return rows, everywhere
         if self.task is Task.TOKEN_CLASSIFICATION:  # its labels say by themselves which tokens have one
             return [self._with_token_labels(row, columns[0], rows) for row in rows], everywhere
-        missing = [any(is_missing(row.get(name)) for name in columns) for row in rows]
+        gap_in = is_incomplete if self.task is Task.SEQUENCE_CLASSIFICATION else is_missing
+        missing = [any(gap_in(row.get(name)) for name in columns) for row in rows]
         present = [row[name] for row in rows for name in columns if row.get(name) is not None]
         filler = self.filler
         if present and self.task is Task.CTC:  # as long as its neighbours, for collators that stack

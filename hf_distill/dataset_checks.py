@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from hf_distill.batches import TARGETS
 from hf_distill.collator import LABEL_COLUMNS, SPAN_COLUMNS, is_missing
 from hf_distill.items import IGNORE_INDEX
 from hf_distill.signals import Task
@@ -20,11 +21,11 @@ def label_columns(task: Task) -> tuple[str, ...]:
     return () if task.is_language_model and task is not Task.CTC else LABEL_COLUMNS
 
 
-def find_label(dataset: Any, task: Task) -> Any | None:
+def find_label(dataset: Any, task: Task, *, required: bool) -> Any | None:
     """The first label that is not missing among a data set's first rows, or None.
 
     Raises:
-        ValueError: the data set has no label column at all; the message lists the columns it has.
+        ValueError: one is required, but there is no label column at all; the message lists the columns there are.
     """
     columns = label_columns(task)
     if dataset is None or not columns:
@@ -37,7 +38,7 @@ def find_label(dataset: Any, task: Task) -> Any | None:
         label = next((row[name] for name in columns if name in row and not is_missing(row[name])), None)
         if label is not None:
             return label
-    if found and found.isdisjoint(columns):
+    if required and found and found.isdisjoint(columns):
         raise ValueError(
             f"task_weight > 0, but the training data has no column named {' or '.join(columns)} (it has "
             f"{', '.join(sorted(found))}). Rename the label column, or set task_weight=0 to learn from the "
@@ -50,10 +51,13 @@ def _rows(dataset: Any, columns: tuple[str, ...]) -> Iterable[Any]:
     names = getattr(dataset, "column_names", None) or []
     present = [name for name in columns if name in names]
     if present and hasattr(dataset, "select_columns"):
-        dataset = dataset.select_columns(present)  # decodes no image or sound
+        # Decodes no image or sound, and runs no transform, which would look for the other columns.
+        dataset = dataset.select_columns(present).with_format(None)
     if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
         return (dataset[i] for i in range(min(len(dataset), _ROWS_LOOKED_AT)))
-    return islice(iter(dataset), _ROWS_LOOKED_AT)
+    rows = iter(dataset)
+    # Rows that can be read but once are for training.
+    return () if iter(dataset) is rows else islice(rows, _ROWS_LOOKED_AT)
 
 
 def label_filler(task: Task, config: Any, label: Any | None) -> Any:
@@ -66,29 +70,39 @@ def label_filler(task: Task, config: Any, label: Any | None) -> Any:
     """
     if task is Task.CTC:  # an empty target would leave nothing to pad
         return [IGNORE_INDEX]
-    if label is None:
-        kind = config.problem_type
-        is_number = kind == "regression" or (kind is None and getattr(config, "num_labels", 2) == 1)
-        label = np.zeros(config.num_labels) if kind == "multi_label_classification" else 0.0 if is_number else 0
-    values = np.asarray(label)
-    filler = np.full(values.shape, np.nan) if values.dtype.kind == "f" else np.full(values.shape, IGNORE_INDEX)
-    return filler.tolist()
+    values = np.asarray(0 if label is None else label)
+    kind = _kind_of_label(task, config, label)
+    if kind == "single_label_classification":  # of any dtype: gaps make pandas store classes as floats
+        return np.full(values.shape, IGNORE_INDEX).tolist()
+    if label is None and kind == "multi_label_classification":
+        values = np.zeros(config.num_labels)
+    is_int = label is not None and values.dtype.kind != "f"
+    return np.full(values.shape, IGNORE_INDEX if is_int else np.nan).tolist()
+
+
+def _kind_of_label(task: Task, config: Any, label: Any | None) -> str:
+    if task is not Task.SEQUENCE_CLASSIFICATION:
+        return "single_label_classification"
+    if config.problem_type is not None:
+        return config.problem_type
+    if config.num_labels == 1:
+        return "regression"
+    return "multi_label_classification" if np.asarray(label).size > 1 else "single_label_classification"
 
 
 def check_batch(inputs: Mapping[str, Any], task: Task, task_weight: float) -> None:
-    """Refuses a first batch without the labels that a language model's task loss needs.
+    """Refuses a first batch without the labels that the task loss needs, where `find_label` found none either.
 
     Raises:
-        ValueError: with the collator that makes them.
+        ValueError: with what makes them.
     """
-    if task is Task.CTC:  # its labels are a column, which `find_label` looks for; a batch may have none
-        return
-    if task_weight > 0 and task.is_language_model and not {"labels", "shift_labels"} & {*inputs}:
+    if task_weight > 0 and not {*TARGETS} & {*inputs}:
         remedy = {
             Task.CAUSAL_LM: "DataCollatorForLanguageModeling(tokenizer, mlm=False)",
             Task.MASKED_LM: "DataCollatorForLanguageModeling(tokenizer)",
             Task.SEQ2SEQ_LM: "a labels column and DataCollatorForSeq2Seq(tokenizer, model)",
-        }.get(task, "a labels column")
+            Task.QUESTION_ANSWERING: "columns start_positions and end_positions",
+        }.get(task, "a label column")
         raise ValueError(
             f"task_weight={task_weight}, but the batches hold no labels (they hold {', '.join(inputs)}). "
             f"Use {remedy}, or set task_weight=0 to learn from the teacher alone."

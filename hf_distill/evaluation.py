@@ -79,6 +79,8 @@ class EvaluationMixin(TrainerBase):
         for metric, divisor in (("loss", "task_items"), ("kd", "kd_items"), ("agreement", "kd_items")):
             if totals.get(divisor) and metric in totals:
                 metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals[divisor]
+            else:  # the mean over no label at all is no loss of 0
+                metrics.pop(f"{metric_key_prefix}_{metric}", None)
         return output._replace(metrics=metrics)
 
     def hyperparameter_search(

@@ -21,15 +21,15 @@ class ModelPair:
         task: what both heads predict.
         classes: how many leading classes both share, or None for all.
         order: (classes,) the teacher's index of each of the student's labels, or None where they agree.
-        student_inputs: the names the student's forward takes.
         teacher_only_inputs: names that only the teacher's forward takes, such as `token_type_ids`.
+        problem_type: the kind of sequence classification by the configs, or None where they do not tell.
     """
 
     task: Task
     classes: int | None
     order: Tensor | None
-    student_inputs: frozenset[str]
     teacher_only_inputs: frozenset[str]
+    problem_type: str | None = None
 
     def align(
         self, student_logits: tuple[Tensor, ...], teacher_logits: tuple[Tensor, ...]
@@ -77,7 +77,7 @@ def pair_models(
         ValueError: the teacher's head serves another task; its labels or its vocabulary are others.
     """
     if teacher is None:
-        return ModelPair(find_task(student), None, None, input_names(student), frozenset())
+        return ModelPair(find_task(student), classes=None, order=None, teacher_only_inputs=frozenset())
     student_task, teacher_task = find_task(student), find_task(teacher)
     if student_task is not teacher_task:
         raise ValueError(
@@ -91,14 +91,23 @@ def pair_models(
         order = _label_order(student_config, teacher_config)
     elif student_task.is_language_model:
         classes = _shared_classes(student_config, teacher_config, student_tokenizer, teacher_tokenizer)
-    student_inputs = input_names(student)
     return ModelPair(
         task=student_task,
         classes=classes,
         order=None if order is None else torch.tensor(order, device=device),
-        student_inputs=student_inputs,
-        teacher_only_inputs=input_names(teacher) - student_inputs,
+        teacher_only_inputs=input_names(teacher) - input_names(student),
+        problem_type=_problem_type(student_config, teacher_config),
     )
+
+
+def _problem_type(student_config: Any, teacher_config: Any) -> str | None:
+    student, teacher = (getattr(config, "problem_type", None) for config in (student_config, teacher_config))
+    if student is not None and teacher is not None and student != teacher:
+        raise ValueError(
+            f"The student's problem_type is {student}, the teacher's {teacher}: the same logits mean other things. "
+            "Set both configs to what the labels are."
+        )
+    return student or teacher
 
 
 def _shared_classes(

@@ -1,7 +1,7 @@
 """From a user's arguments to a teacher, refusing what cannot work."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoTokenizer, TrainingArguments
 
 from hf_distill.arguments import DistillationTrainingArguments
+from hf_distill.batches import TARGETS
 from hf_distill.models.heads import find_task, task_model
 from hf_distill.teachers import AdapterOffTeacher, LocalTeacher, Teacher, load_teacher
 
@@ -32,10 +33,29 @@ def check_arguments(args: TrainingArguments, expected: type[DistillationTraining
             f"{args.n_gpu} GPUs in one process would run under DataParallel, whose replicas' means cannot be made "
             "exact. Start one process per GPU with `torchrun` or `accelerate launch`, or set CUDA_VISIBLE_DEVICES=0."
         )
+    parallelism = args.parallelism_config
+    if parallelism is not None and max(parallelism.tp_size, parallelism.cp_size, parallelism.sp_size) > 1:
+        raise ValueError(
+            "Tensor, context and sequence parallelism share one batch among ranks, whose items would be counted "
+            "several times. Set tp_size, cp_size and sp_size to 1."
+        )
     if args.use_liger_kernel and terms.logits.weight > 0:
         raise ValueError(
             "use_liger_kernel=True fuses the head with the task loss, so the student has no logits to compare. "
             "Set use_liger_kernel=False, or kd_weight=0."
+        )
+
+
+def check_label_names(label_names: Sequence[str]) -> None:
+    """Refuses targets by names that no head supported here takes.
+
+    Raises:
+        ValueError: with the names that are known.
+    """
+    if label_names and not {*label_names} & {*TARGETS}:
+        raise ValueError(
+            f"label_names={[*label_names]}, but the labels of a distilled head are called {', '.join(TARGETS)}. Rename "
+            "the columns, or set task_weight=0 to learn from the teacher alone."
         )
 
 
@@ -65,12 +85,8 @@ def make_teacher(
         # Loading may initialise a head at random: the student's training must not depend on that.
         with torch.random.fork_rng():
             teacher_model = load_teacher(teacher_model, student(), args.teacher_model_init_kwargs)
-    if teacher_model is student():
-        raise ValueError(
-            "The teacher is the student: model and teacher_model are one object. Load the teacher apart, or, for the "
-            "base of a PEFT student, pass teacher_model=None."
-        )
     if isinstance(teacher_model, nn.Module):
+        _check_apart(student(), teacher_model)
         return LocalTeacher(teacher_model, autocast=autocast)
     if callable(teacher_model) and hasattr(teacher_model, "place"):
         return teacher_model
@@ -78,6 +94,22 @@ def make_teacher(
         f"teacher_model is a {type(teacher_model).__name__}, expected a Transformers model, its name or path, a "
         "hf_distill.teachers.Teacher, or None with a PEFT student."
     )
+
+
+def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses a teacher that training the student would change."""
+    if teacher is student or teacher is task_model(student):
+        raise ValueError(
+            "The teacher is the student: model and teacher_model are one object. Load the teacher apart, or, for the "
+            "base of a PEFT student, pass teacher_model=None."
+        )
+    of_teacher = {id(parameter) for parameter in teacher.parameters()}
+    shared = [name for name, p in student.named_parameters() if p.requires_grad and id(p) in of_teacher]
+    if shared:
+        raise ValueError(
+            f"{len(shared)} of the student's trained parameters are the teacher's own ({shared[0]}, ...), so training "
+            "would change the teacher. Copy what the student takes over (copy.deepcopy), or freeze it in the student."
+        )
 
 
 def teacher_tokenizer(teacher_model: Any, teacher: Teacher, processing_class: Any | None) -> Any | None:

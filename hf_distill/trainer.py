@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Seq2SeqTrainer, Trainer
+from transformers import DataCollatorWithPadding, PreTrainedModel, Seq2SeqTrainer, Trainer, default_data_collator
 
 from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
@@ -19,7 +19,7 @@ from hf_distill.items import LABEL_MASK
 from hf_distill.models.heads import decoder_inputs, frame_mask, input_names, problem_type, task_model
 from hf_distill.objective import agreement_sum, kd_sum
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
-from hf_distill.setup import check_arguments, make_teacher, teacher_tokenizer
+from hf_distill.setup import check_arguments, check_label_names, make_teacher, teacher_tokenizer
 from hf_distill.signals import Task, read_logits
 from hf_distill.task_loss import check_smoothing, is_sum, task_loss
 from hf_distill.teachers import Teacher, load_student
@@ -69,6 +69,8 @@ class DistillationMixin(EvaluationMixin):
         self._teacher_tokenizer = teacher_processing_class
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False
+        if args.task_weight > 0:
+            check_label_names(self.label_names)
         self.teacher = make_teacher(
             teacher_model, student=lambda: self.model, args=args, autocast=self.accelerator.autocast
         )
@@ -78,7 +80,11 @@ class DistillationMixin(EvaluationMixin):
                 self._teacher_tokenizer = teacher_tokenizer(teacher_model, self.teacher, self.processing_class)
         self._pair = self._pair_with(self.model)
         self._special_tokens = special_tokens(self.processing_class, args.device)
-        label = find_label(self.train_dataset, self._pair.task) if args.task_weight > 0 else None
+        # A collator of the user's own may make labels of columns by any name: then the first batch tells.
+        common = self.data_collator is default_data_collator or type(self.data_collator) is DataCollatorWithPadding
+        required = args.task_weight > 0 and common
+        label = find_label(self.train_dataset, self._pair.task, required=required)
+        self._has_labels = label is not None
         self.data_collator = DistillationCollator(
             self.data_collator,
             task=self._pair.task,
@@ -136,7 +142,7 @@ class DistillationMixin(EvaluationMixin):
         if not batches:
             return batches, None
         batches[-1] = mark_repeated_rows(batches[-1], self.accelerator)
-        if self._windows == 0:
+        if self._windows == 0 and not self._has_labels:
             check_batch(batches[0], self._pair.task, self.args.task_weight)
         counts = StepCounts.of_window(
             [self.split(self._prepare_inputs(batch)).items for batch in batches],
@@ -177,7 +183,7 @@ class DistillationMixin(EvaluationMixin):
             teacher_output = self.teacher(batch.teacher)
         with_task = bool(batch.labels) and (terms.task.weight > 0 or not model.training)
         outputs = model(**self._student_arguments(batch, with_task=with_task))
-        kind = problem_type(self._student_config, batch.labels.get("labels"))
+        kind = problem_type(self._student_config, batch.labels.get("labels"), default=self._pair.problem_type)
         task = self._task_loss(outputs, batch, counts, kind) if with_task else None
         kd = None
         if teacher_output is not None:
@@ -191,7 +197,8 @@ class DistillationMixin(EvaluationMixin):
         return (loss, outputs) if return_outputs else loss
 
     def _student_arguments(self, batch: Batch, *, with_task: bool) -> dict[str, Any]:
-        own_loss = with_task and self.label_smoother is None and self.compute_loss_func is None
+        is_plain = self.label_smoother is None and self.compute_loss_func is None
+        own_loss = with_task and (is_plain or "labels" not in batch.labels)
         if own_loss or not batch.labels:
             return batch.student
         arguments = batch.unlabelled_student

@@ -6,15 +6,18 @@ import gzip
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+
+from hf_distill.items import IGNORE_INDEX
 
 TEST_FRACTION = 0.1
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and test rows with the columns `text` and `label`, a class index into `label_names`."""
+    """Training and test rows with the columns `text` and `label`: an index into `label_names`, or None."""
 
     train: Dataset
     test: Dataset
@@ -48,14 +51,21 @@ def keep_labels(corpus: Corpus, *, per_class: int, seed: int) -> Dataset:
     kept = [0] * len(corpus.label_names)
     labels: list[int | None] = []
     for label in shuffled["label"]:
-        labels.append(label if kept[label] < per_class else None)
-        kept[label] += 1
+        if label is None or kept[label] == per_class:
+            labels.append(None)
+        else:
+            labels.append(label)
+            kept[label] += 1
     return shuffled.remove_columns("label").add_column("label", labels)
 
 
 def labelled_rows(rows: Dataset) -> Dataset:
     """Returns the rows whose `label` is not None."""
     return rows.select([index for index, label in enumerate(rows["label"]) if label is not None])
+
+
+def _is_missing(label: object) -> bool:
+    return label in (None, "", IGNORE_INDEX) or label != label  # NaN, as an empty cell among numbers is read
 
 
 def _read_snips(split: str) -> Dataset:
@@ -82,18 +92,17 @@ def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str) 
     if isinstance(feature, ClassLabel):
         values, names = list(range(feature.num_classes)), tuple(feature.names)
     else:
-        values = sorted(set(train[label_column]))
+        values = sorted({value for value in train[label_column] if not _is_missing(value)})
         names = tuple(str(value) for value in values)
-    index_of = {value: index for index, value in enumerate(values)}
+    index_of: dict[Any, int] = {value: index for index, value in enumerate(values)}
 
     def indexed(rows: Dataset) -> Dataset:
-        unknown = set(rows[label_column]) - set(index_of)
+        labels = [None if _is_missing(value) else value for value in rows[label_column]]
+        unknown = {*labels} - {None, *index_of}
         if unknown:
             raise ValueError(
                 f"Labels {sorted(map(str, unknown))} do not occur in the training rows; known: {list(names)}."
             )
-        return Dataset.from_dict(
-            {"text": rows[text_column], "label": [index_of[value] for value in rows[label_column]]}
-        )
+        return Dataset.from_dict({"text": rows[text_column], "label": [index_of.get(value) for value in labels]})
 
     return Corpus(train=indexed(train), test=indexed(test), label_names=names)

@@ -16,7 +16,7 @@ from transformers import (
 )
 
 VOCABULARY_SIZE = 4000
-SPECIAL_TOKENS = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+SPECIAL_TOKENS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]  # the trainer numbers them in this order
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ def train_wordpiece(texts: Sequence[str], *, vocabulary_size: int = VOCABULARY_S
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocabulary_size, special_tokens=list(SPECIAL_TOKENS.values()), show_progress=False
-    )
+    trainer = trainers.WordPieceTrainer(vocab_size=vocabulary_size, special_tokens=SPECIAL_TOKENS, show_progress=False)
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.post_processor = processors.BertProcessing(
-        ("[SEP]", tokenizer.token_to_id("[SEP]")), ("[CLS]", tokenizer.token_to_id("[CLS]"))
+        ("[SEP]", SPECIAL_TOKENS.index("[SEP]")), ("[CLS]", SPECIAL_TOKENS.index("[CLS]"))
     )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **SPECIAL_TOKENS)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
 
 
 def load_tokenizers(
@@ -66,9 +66,10 @@ def build_classifier(
     name: str | None, *, shape: Shape, tokenizer: PreTrainedTokenizerBase, label_names: Sequence[str]
 ) -> PreTrainedModel:
     """Returns a classifier over the labels: loaded under its name, else a BERT of the shape with random weights."""
-    labels = {"id2label": dict(enumerate(label_names)), "label2id": {label: i for i, label in enumerate(label_names)}}
+    id2label = dict(enumerate(label_names))
+    label2id = {label: index for index, label in id2label.items()}
     if name is not None:
-        return AutoModelForSequenceClassification.from_pretrained(name, num_labels=len(label_names), **labels)
+        return AutoModelForSequenceClassification.from_pretrained(name, id2label=id2label, label2id=label2id)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=shape.width,
@@ -77,6 +78,24 @@ def build_classifier(
         intermediate_size=4 * shape.width,
         max_position_embeddings=128,
         pad_token_id=tokenizer.pad_token_id,
-        **labels,
+        id2label=id2label,
+        label2id=label2id,
     )
     return BertForSequenceClassification(config)
+
+
+def load_classifier(name: str, *, label_names: Sequence[str]) -> PreTrainedModel:
+    """Returns a fine-tuned classifier as it is, after a look at its labels: as many, and in the same order.
+
+    Labels called LABEL_0, LABEL_1, ... say nothing about their order, which is then taken to be the dataset's.
+    """
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    own = [model.config.id2label[index] for index in range(model.config.num_labels)]
+    unnamed = own == [f"LABEL_{index}" for index in range(len(own))]
+    same = [label.lower() for label in own] == [label.lower() for label in label_names]
+    if len(own) != len(label_names) or not (unnamed or same):
+        raise ValueError(
+            f"Teacher '{name}' has the labels {own}, the dataset {list(label_names)}. "
+            "Give teacher_steps > 0 to fine-tune it, or a teacher with the dataset's labels in the same order."
+        )
+    return model

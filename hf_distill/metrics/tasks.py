@@ -141,11 +141,12 @@ def _question_answering(evaluation: "EvalPrediction", *, max_answer_tokens: int 
     if not isinstance(evaluation.predictions, tuple) or not isinstance(evaluation.label_ids, tuple):
         raise ValueError("Expected start and end logits and start and end positions. Set label_names to both columns.")
     start_logits, end_logits = (np.asarray(logits, dtype=np.float64) for logits in evaluation.predictions[:2])
+    starts, ends = (np.asarray(positions) for positions in evaluation.label_ids[:2])
     # As in the heads of Transformers, a position beyond the sequence says that its answer was cut off.
-    inside = [is_labelled(ends) & (ends < start_logits.shape[1]) for ends in evaluation.label_ids[:2]]
-    rows = _some(np.flatnonzero(inside[0] & inside[1]))
+    length = start_logits.shape[1]
+    rows = _some(np.flatnonzero(is_labelled(starts) & is_labelled(ends) & (starts < length) & (ends < length)))
     spans = [best_span(start_logits[row], end_logits[row], max_tokens=max_answer_tokens) for row in rows]
-    wanted = [(int(evaluation.label_ids[0][row]), int(evaluation.label_ids[1][row])) for row in rows]
+    wanted = [(int(starts[row]), int(ends[row])) for row in rows]
     return {
         "exact_match": float(np.mean([span == answer for span, answer in zip(spans, wanted, strict=True)])),
         "f1": float(np.mean([span_f1(span, answer) for span, answer in zip(spans, wanted, strict=True)])),
@@ -160,7 +161,7 @@ def _multiple_choice(evaluation: "EvalPrediction") -> Scores:
 
 def _language_model(evaluation: "EvalPrediction", *, preprocess: PreprocessLogits) -> Scores:
     labels = _shaped(evaluation.label_ids, ndim=2, shape="(rows, tokens)")
-    predictions = evaluation.predictions
+    predictions: Any = evaluation.predictions
     if _array(predictions).ndim == 3:  # the Trainer was not given the preprocessing
         predictions = preprocess(torch.from_numpy(_array(predictions)), torch.from_numpy(labels))
     if not isinstance(predictions, tuple | list):

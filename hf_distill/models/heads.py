@@ -91,17 +91,20 @@ def input_names(model: nn.Module) -> frozenset[str]:
     return frozenset(inspect.signature(task_model(model).forward).parameters) - {"args", "kwargs"}
 
 
-def problem_type(config: Any, labels: Tensor | None) -> str:
+def problem_type(config: Any, labels: Tensor | None, *, default: str | None = None) -> str:
     """`regression`, `multi_label_classification` or `single_label_classification`, by the rule of Transformers' heads.
 
     Args:
         config: the model's config; its `problem_type` wins.
         labels: the batch's labels or None; float labels over several classes mean multi-label.
+        default: what a head of several classes has where neither tells, as the teacher's config may.
     """
     if getattr(config, "problem_type", None) is not None:
         return config.problem_type
     if getattr(config, "num_labels", 2) == 1:
         return "regression"
+    if labels is None and default is not None:
+        return default
     is_float = labels is not None and labels.is_floating_point()
     return "multi_label_classification" if is_float else "single_label_classification"
 

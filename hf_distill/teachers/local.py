@@ -43,6 +43,8 @@ class LocalTeacher:
         """The logits of one forward over those of `inputs` that the model's forward names."""
         arguments = {name: value for name, value in inputs.items() if name in self._names and name != "labels"}
         model = task_model(self._model)
+        if self._model.training:  # whoever turned it on since: dropout would make its targets noise
+            self._model.eval()
         with torch.no_grad():
             if model.config.is_encoder_decoder and "labels" in inputs and "decoder_input_ids" not in arguments:
                 arguments |= decoder_inputs(model, inputs["labels"])
