@@ -54,8 +54,8 @@ def check_label_names(label_names: Sequence[str]) -> None:
     """
     if label_names and not {*label_names} & {*TARGETS}:
         raise ValueError(
-            f"label_names={[*label_names]}, but the labels of a distilled head are called {', '.join(TARGETS)}. Rename "
-            "the columns, or set task_weight=0 to learn from the teacher alone."
+            f"label_names={[*label_names]}, but the labels of a distilled head are called {', '.join(TARGETS)}. "
+            "Rename the columns, or set task_weight=0 to learn from the teacher alone."
         )
 
 
