@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trainers whose steps are timed, and the driver that takes one optimizer step of each."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+from benchmarks.naive import NaiveDistillationTrainer
+from benchmarks.step_overhead.workloads import Inputs, Workload, student_of
+
+TEMPERATURE, KD_WEIGHT = 2.0, 0.5
+
+
+class FloorTrainer(Trainer):
+    """The plain training step, and the teacher's forward pass whose output nobody reads."""
+
+    teacher: nn.Module
+
+    def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.compute_loss`, after the teacher's logits."""
+        with torch.no_grad(), self.accelerator.autocast():
+            self.teacher(**{name: value for name, value in inputs.items() if name != "labels"}, use_cache=False)
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def training_arguments(device: str, *, bf16: bool) -> dict[str, Any]:
+    """Plain AdamW with clipping off; nothing is written or reported."""
+    return {
+        "output_dir": tempfile.gettempdir(),
+        "max_grad_norm": 0.0,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": device == "cpu",
+        "bf16": bf16,
+    }
+
+
+def floor(student: PreTrainedModel, teacher: PreTrainedModel, arguments: dict[str, Any]) -> Trainer:
+    """Teacher forward and plain step."""
+    trainer = FloorTrainer(student, TrainingArguments(**arguments))
+    trainer.teacher = teacher.to(trainer.args.device)
+    return trainer
+
+
+def ours(student: PreTrainedModel, teacher: PreTrainedModel, arguments: dict[str, Any]) -> Trainer:
+    """`DistillationTrainer` with task loss and forward KL."""
+    from hf_distill import DistillationTrainer, DistillationTrainingArguments
+
+    args = DistillationTrainingArguments(
+        **arguments, kd_weight=KD_WEIGHT, task_weight=1 - KD_WEIGHT, temperature=TEMPERATURE
+    )
+    return DistillationTrainer(model=student, teacher_model=teacher, args=args)
+
+
+def naive(student: PreTrainedModel, teacher: PreTrainedModel, arguments: dict[str, Any]) -> Trainer:
+    """The same loss under autograd, over full logits."""
+    trainer = NaiveDistillationTrainer(
+        model=student,
+        teacher=teacher,
+        temperature=TEMPERATURE,
+        kd_weight=KD_WEIGHT,
+        args=TrainingArguments(**arguments),
+    )
+    teacher.to(trainer.args.device)
+    return trainer
+
+
+CONTENDERS = {"floor": floor, "ours": ours, "naive": naive}
+
+
+class Stepper:
+    """One contender, ready to take optimizer steps one at a time: `Trainer`'s own calls in `Trainer`'s order."""
+
+    def __init__(self, name: str, workload: Workload, teacher: PreTrainedModel, *, device: str, bf16: bool) -> None:
+        self.trainer = CONTENDERS[name](student_of(workload), teacher, training_arguments(device, bf16=bf16))
+        self.trainer.create_optimizer()
+        self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
+        self.trainer.model_wrapped = self.model
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.model.train()
+
+    def count(self, inputs: Inputs) -> tuple[Inputs, Any]:
+        """The batch, and what the trainer counted in it: an accumulation window of one."""
+        batches, counted = self.trainer.get_batch_samples(iter([inputs]), 1, self.trainer.args.device)
+        return batches[0], counted
+
+    def step(self, inputs: Inputs) -> Tensor:
+        """Counting, forward, backward, optimizer; the loss, left on its device."""
+        batch, counted = self.count(inputs)
+        loss = self.trainer.training_step(self.model, batch, counted)
+        self.optimizer.step()
+        self.model.zero_grad()
+        return loss
