@@ -90,7 +90,7 @@ def _some(names: set[str], limit: int = 8) -> str:
 def _vocabulary_difference(student: Mapping[str, int], teacher: Mapping[str, int]) -> str:
     moved = [
         f"{token!r}: {student[token]} and {teacher[token]}"
-        for token in student
+        for token in sorted(student, key=student.__getitem__)
         if teacher.get(token, student[token]) != student[token]
     ]
     return (

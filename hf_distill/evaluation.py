@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
 
@@ -30,6 +31,17 @@ class EvaluationMixin(TrainerBase):
 
     _eval_meter: TermMeter
     split: Callable[[Mapping[str, Any]], Batch]
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        # An evaluation before the training prepares the bare student, and accelerate (1.15) then takes it for one that
+        # is prepared for training too: without DDP around it, each rank would train a model of its own, unnoticed.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        student: Any = self.model
+        if self.accelerator.num_processes > 1 and not sharded and hasattr(student, "_is_accelerate_prepared"):
+            del student._is_accelerate_prepared
+            if not isinstance(self.model_wrapped, DistributedDataParallel):
+                self.model_wrapped = student
+        return super()._inner_training_loop(*args, **kwargs)
 
     def prediction_step(
         self,

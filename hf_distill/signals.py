@@ -50,9 +50,11 @@ class TeacherOutput:
     Attributes:
         logits: one tensor (batch, classes) or (batch, length, classes); for question answering two of
             (batch, length): the start and the end scores.
+        overwritable: whether nobody else holds these tensors, so that a loss may write its gradient over them.
     """
 
     logits: tuple[Tensor, ...]
+    overwritable: bool = False
 
 
 def read_logits(task: Task, outputs: Any) -> tuple[Tensor, ...]:

@@ -6,7 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DataCollatorWithPadding, PreTrainedModel, Seq2SeqTrainer, Trainer, default_data_collator
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    Seq2SeqTrainer,
+    Trainer,
+    default_data_collator,
+    set_seed,
+)
 
 from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
@@ -22,7 +29,7 @@ from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import check_arguments, check_label_names, make_teacher, teacher_tokenizer
 from hf_distill.signals import Task, read_logits
 from hf_distill.task_loss import check_smoothing, is_sum, task_loss
-from hf_distill.teachers import Teacher, load_student
+from hf_distill.teachers import Teacher, load_student, load_teacher
 
 
 class DistillationMixin(EvaluationMixin):
@@ -63,7 +70,10 @@ class DistillationMixin(EvaluationMixin):
             args = self._arguments_class(output_dir="tmp_trainer")
         check_arguments(args, self._arguments_class)
         if isinstance(model, str | os.PathLike):
+            if isinstance(teacher_model, str | os.PathLike):
+                teacher_model = load_teacher(os.fspath(teacher_model), None, args.teacher_model_init_kwargs)
             teacher_module = teacher_model if isinstance(teacher_model, nn.Module) else None
+            set_seed(args.seed)  # a new head is part of the run, and `Trainer` seeds too late for it
             model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
         self._meter, self._eval_meter, self._windows = TermMeter(), TermMeter(), 0
         self._teacher_tokenizer = teacher_processing_class

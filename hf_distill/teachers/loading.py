@@ -9,24 +9,28 @@ from transformers import AutoConfig, PreTrainedModel
 from hf_distill.models.heads import auto_class_name, task_model
 
 
-def load_teacher(name: str, student: nn.Module, init_kwargs: Any = None) -> PreTrainedModel:
+def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) -> PreTrainedModel:
     """The teacher `name` with the student's kind of head, in the dtype it was saved in.
 
     Args:
         name: a Hub name or a local folder.
-        student: whose head decides the Auto class.
+        student: whose head decides the Auto class; None where the student is a name too: the teacher is the one that
+            was trained for the task, so its own head decides then.
         init_kwargs: dict or None, arguments of `from_pretrained`, such as `dtype`, `device_map`, `revision`.
 
     Raises:
-        ValueError: no Auto class builds models like the student.
+        ValueError: no Auto class builds models like the student, or nothing says which head the teacher has.
     """
+    kwargs = {"dtype": "auto", **(init_kwargs or {})}
+    if student is None:
+        return _load_as_saved(name, kwargs, argument="teacher_model")
     auto_class = auto_class_name(student)
     if auto_class is None:
         raise ValueError(
             f"teacher_model={name!r} is a name, but no Auto class builds models like the student "
             f"({type(task_model(student)).__name__}). Load the teacher yourself and pass the module."
         )
-    return getattr(transformers, auto_class).from_pretrained(name, **{"dtype": "auto", **(init_kwargs or {})})
+    return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
 
 
 def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) -> PreTrainedModel:
@@ -46,13 +50,17 @@ def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) 
         if "num_labels" not in kwargs and "id2label" not in kwargs and _names_labels(auto_class):
             kwargs |= {"id2label": config.id2label, "label2id": config.label2id}
         return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
+    return _load_as_saved(name, kwargs, argument="model")
+
+
+def _load_as_saved(name: str, kwargs: dict[str, Any], *, argument: str) -> PreTrainedModel:
     hub_names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
     config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in hub_names if key in kwargs})
     architecture = next(iter(config.architectures or ()), "")
     if not hasattr(transformers, architecture):
         raise ValueError(
-            f"model={name!r} is a name, and its config does not say which head it has (architectures="
-            f"{config.architectures}). Load the student yourself and pass the module."
+            f"{argument}={name!r} is a name, and its config does not say which head it has (architectures="
+            f"{config.architectures}). Load it yourself and pass the module."
         )
     return getattr(transformers, architecture).from_pretrained(name, **kwargs)
 

@@ -51,7 +51,7 @@ class LocalTeacher:
             options = {"use_cache": False} if "use_cache" in self._names else {}
             with self._autocast():
                 outputs = self._model(**self._cast(arguments), **options)
-        return TeacherOutput(logits=read_logits(self._task, outputs))
+        return TeacherOutput(logits=read_logits(self._task, outputs), overwritable=True)
 
     def _cast(self, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         # Whisper in bfloat16 refuses float32 features.

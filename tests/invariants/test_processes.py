@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two processes take the step that one takes, log its terms and evaluate to its metrics."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.invariants.steps import Run, assert_same_steps
+from tests.invariants.two_processes import CASES, SPLITS, train_and_evaluate
+
+ROOT = Path(__file__).resolve().parents[2]
+METRICS = ("eval_loss", "eval_kd", "eval_agreement")
+
+
+def run_of(result):
+    return Run(gradients=result["gradients"], logs=result["logs"])
+
+
+def test_two_processes_do_what_one_does(tmp_path, output_dir, subtests):
+    """One launch for all heads; the rows divide neither into the last step's batches nor into the evaluation's."""
+    path = tmp_path / "results.pt"
+    command = [sys.executable, "-m", "tests.invariants.two_processes", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = torch.load(path, weights_only=True)
+    assert results["processes"] == 2
+    for name, labels in CASES:
+        one = train_and_evaluate(name, labels, 8, 1, output_dir)
+        assert len(one["gradients"]) == 2
+        for batch, accumulation in SPLITS:
+            case = f"{name}, {labels}, {batch}x{accumulation}"
+            with subtests.test(case):
+                two = results[case]
+                assert_same_steps(run_of(two), run_of(one))
+                for metrics, expected in zip(two["metrics"], one["metrics"], strict=True):
+                    known = {key: expected[key] for key in METRICS if key in expected}
+                    assert {key: metrics.get(key) for key in known} == pytest.approx(known, rel=1e-5, abs=5e-7)
