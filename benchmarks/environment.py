@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a measured number depends on besides the code: versions, processor, threads, device."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Value and gradient of forward_kl from given logits: time and peak memory against the naive composition.
 
     python -m benchmarks.loss_kernels                  # one CPU thread, float32 and bfloat16

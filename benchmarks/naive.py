@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Distillation as tutorials and blogs write it: the rival that most people have."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Task and logit term of a language model in one pass over its logits, with one gradient of their size between them."""
+"""Task and logit term of a language model in one pass over its logits, with one gradient between them."""
 
 from typing import Any
 

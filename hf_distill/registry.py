@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Named entries of one kind: losses, policies, presets."""
 
 import difflib

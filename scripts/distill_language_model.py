@@ -3,8 +3,8 @@
     python scripts/distill_language_model.py --teacher big-llama --student small-llama --dataset corpus.txt \
         --output_dir distilled --kd_weight 0.9 --task_weight 0.1 --temperature 1
 
-The data set is a file (.txt, .csv, .json, .jsonl, .parquet), a folder, or a name on the Hub; its text is cut into blocks
-of --block_size tokens. All options of TrainingArguments hold; see --help.
+The data set is a file (.txt, .csv, .json, .jsonl, .parquet), a folder, or a name on the Hub; its text is cut into
+blocks of --block_size tokens. All options of TrainingArguments hold; see --help.
 """
 
 from dataclasses import dataclass, field

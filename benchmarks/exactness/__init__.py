@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """Does one optimizer step depend on how its batch is split? One table, for us and for others."""

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Runs the contenders that this environment can import, or prints the table of earlier runs.
 
 How to run it and what it shows: benchmarks/README.md and docs/exactness.md.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The trainers under test, each built from the same student, teacher, rows and training arguments.
 
 Packages that only one contender needs are imported in its builder: most environments hold some of them, not all.

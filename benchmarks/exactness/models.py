@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The models of the exactness benchmark: tiny, from configurations, without dropout or network."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The eight rows of the exactness benchmark, for each task: the same at any length but for their padding."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One optimizer step of one contender on one split of the same eight rows: its logged loss and whole gradient."""
 
 from __future__ import annotations

@@ -1,2 +1,1 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a distillation step costs over its floor: the teacher's forward pass and a plain training step."""

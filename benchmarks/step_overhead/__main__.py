@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Times a distillation step against its floor and against the naive trainer, and measures its memory.
 
 How to run it and what it shows: benchmarks/README.md.

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The trainers whose steps are timed, and the driver that takes one optimizer step of each."""
 
 from __future__ import annotations

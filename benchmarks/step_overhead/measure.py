@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Time of steps taken in turns, peak memory of a step in a process of its own, and waits of the host."""
 
 from __future__ import annotations

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The two workloads: models of random weights with the shapes of real ones, and one batch."""
 
 from __future__ import annotations

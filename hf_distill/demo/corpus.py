@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Labelled texts with a training and a test part: the bundled SNIPS, or any dataset by name or path."""
 
 import csv

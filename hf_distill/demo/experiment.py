@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The demo: a teacher with every label, and one small student with few labels, alone and distilled."""
 
 import time

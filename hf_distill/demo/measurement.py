@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a trained classifier is worth and what it costs: scores, parameters, bytes on disk, milliseconds."""
 
 import time

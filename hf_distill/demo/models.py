@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Teacher and student of the demo: by name, or small BERTs from scratch with a WordPiece trained on the spot."""
 
 from collections.abc import Sequence

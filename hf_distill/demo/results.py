@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What the demo found: one row for each kind of model, as JSON and as a table."""
 
 import json

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The demo's settings; the command line is generated from them."""
 
 from dataclasses import dataclass, field

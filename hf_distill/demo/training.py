@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The two ways the demo trains a classifier: on labels alone, and distilled from a teacher."""
 
 from collections.abc import Callable

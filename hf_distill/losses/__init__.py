@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Losses: tensors and numbers in, one float32 value per item out."""
 
 from hf_distill.losses.base import LOSSES, LossSpec, masked_sum, register_loss

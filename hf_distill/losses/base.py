@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What every loss shares: its entry in the registry, the checks of its inputs, and the masked sum of its values.
 
 A loss takes (..., features) tensors and returns (...,) float32 values, one per item. It sees no mask and no reduction.

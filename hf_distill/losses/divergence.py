@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Divergences between the softened distributions of teacher and student."""
 
 import math

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Losses on logits that are not a distribution over classes: one label each, or plain regression."""
 
 import torch

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Values per item whose gradient is known when they are computed: walking over rows, and handing the gradient back."""
 
 import math

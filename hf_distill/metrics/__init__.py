@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Metrics that need no network: one function for each task, and `evaluate.Metric` classes by name.
 
 `compute_metrics_for(task)` is the `compute_metrics` of a Trainer, `preprocess_logits_for(task)` its companion where

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The scores as `evaluate.Metric` classes, and `load_metric`, which finds them by name without network."""
 
 from typing import Any

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Scores: arrays in, one number (or one for each average) out. Rows without a label must be dropped before."""
 
 import math

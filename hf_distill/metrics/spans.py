@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Scores over spans of tokens: named entities, and the answer of extractive question answering."""
 
 from collections.abc import Sequence
@@ -55,10 +54,9 @@ def best_span(
         max_tokens: >= 1.
     """
     sums = start_logits[:, None] + end_logits[None, :]
-    length = len(start_logits)
-    valid = np.triu(np.ones((length, length), dtype=bool)) & ~np.triu(
-        np.ones((length, length), dtype=bool), max_tokens
-    )
+    positions = np.arange(len(start_logits))
+    tokens = positions[None, :] - positions[:, None] + 1
+    valid = (tokens >= 1) & (tokens <= max_tokens)
     first, last = np.unravel_index(np.where(valid, sums, -np.inf).argmax(), sums.shape)
     return int(first), int(last)
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One `compute_metrics` for each task, ready for a Trainer. Items without a label (-100 or NaN) never count."""
 
 from collections.abc import Callable, Sequence

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What language-model metrics keep of the logits: two numbers a token in place of the vocabulary."""
 
 import torch
