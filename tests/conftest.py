@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What all tests share: no network, one thread, quiet libraries."""
 
 import gc

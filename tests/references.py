@@ -1,7 +1,7 @@
-# SPDX-License-Identifier: Apache-2.0
 """The float64 twin of every registered loss, under the loss's name, written from the paper; imports nothing of ours.
 
-Each takes (..., classes) tensors and returns (...,) float64 values that torch can differentiate.
+Each takes (..., classes) tensors and returns (...,) float64 values that torch can differentiate. The fused terms of a
+language model have their twin here too.
 """
 
 import torch
@@ -39,3 +39,19 @@ def logit_mse(student_logits, teacher_logits):
     student, teacher = student_logits.double(), teacher_logits.double()
     difference = torch.where(student == teacher, 0.0, student - teacher)
     return torch.einsum("...c,...c->...", difference, difference) / difference.shape[-1]
+
+
+def cross_entropy_and_forward_kl(
+    student_logits, teacher_logits, targets, *, task_weights, kd_weights, temperature=1.0
+):
+    """Loss, cross-entropy and KL * temperature²; each term is formed over the items alone that have a weight in it."""
+    in_task, in_kd = task_weights > 0, kd_weights > 0
+    chosen = student_logits[in_task].double()
+    cross_entropy = chosen.logsumexp(-1) - chosen.gather(-1, targets[in_task].unsqueeze(-1)).squeeze(-1)
+    temperature = torch.as_tensor(temperature, dtype=torch.float64).expand(targets.shape)
+    shared = teacher_logits.shape[-1]
+    kl = forward_kl(student_logits[in_kd][..., :shared], teacher_logits[in_kd], temperature[in_kd])
+    loss = (task_weights[in_task] * cross_entropy).sum() + (kd_weights[in_kd] * kl).sum()
+    nothing = torch.zeros(targets.shape, dtype=torch.float64)
+    per_item = (nothing.masked_scatter(in_task, cross_entropy), nothing.masked_scatter(in_kd, kl))
+    return loss, *(values.detach() for values in per_item)

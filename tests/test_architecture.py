@@ -24,7 +24,7 @@ LAYERS = (
     ("model surgery", {"models"}),
     ("sources and settings", {"temperature", "teachers", "config", "presets", "collator", "pairing"}),
     ("composition", {"accounting", "batches", "objective", "task_loss", "fused_terms"}),
-    ("glue", {"arguments", "trainer", "callbacks", "checks", "dataset_checks", "setup", "evaluation"}),
+    ("glue", {"arguments", "trainer", "callbacks", "checks", "dataset_checks", "setup", "evaluation", "step"}),
     ("edges", {"cli", "demo"}),
 )
 LAYER_OF = {part: number for number, (_, parts) in enumerate(LAYERS) for part in parts}

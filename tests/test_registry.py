@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 import pytest
 
 from hf_distill.registry import Registry

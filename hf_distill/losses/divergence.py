@@ -12,7 +12,7 @@ _SCRATCH_BUFFERS = 4
 
 # p_s - p_t is about 1 / vocabulary. In float16 that is subnormal at 32,000 classes, so it is stored multiplied by a
 # power of two, which backward takes out again in float32.
-_FLOAT16_HEADROOM = 2.0**15
+FLOAT16_HEADROOM = 2.0**15
 
 
 @register_loss("forward_kl", feature="logits", item="position", paper="Hinton et al. 2015, arXiv:1503.02531")
@@ -39,7 +39,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     check_logits(student_logits, teacher_logits)
     dtype = compute_dtype(student_logits, teacher_logits)
     temperature = item_temperature(temperature, student_logits, dtype)
-    headroom = _FLOAT16_HEADROOM if student_logits.dtype == torch.float16 else 1.0
+    headroom = FLOAT16_HEADROOM if student_logits.dtype == torch.float16 else 1.0
     needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
     with torch.no_grad():
         kl = torch.empty(temperature.shape, dtype=dtype, device=student_logits.device)
@@ -71,15 +71,37 @@ def _forward_kl_block(
         (student_logits, student, student_probs),
         (teacher_logits, teacher, teacher_probs),
     ):
-        # Logits of 1e4 carry an error of 5e-4; less their maximum, those that matter are near 0 and exact.
-        torch.sub(logits, logits.amax(-1, keepdim=True).to(shifted.dtype), out=shifted).mul_(inverse_temperature)
-        torch.softmax(shifted, -1, out=probs)
+        subtract_maximum(logits, out=shifted)
+        torch.softmax(shifted.mul_(inverse_temperature), -1, out=probs)
+    write_forward_kl(student, teacher, student_probs, teacher_probs, out=kl)
+    if direction is not None:
+        torch.mul(student_probs.sub_(teacher_probs), headroom, out=direction)
+
+
+def subtract_maximum(logits: Tensor, *, out: Tensor) -> None:
+    """Writes (rows, classes) logits less the maximum of their row.
+
+    Logits of 1e4 carry an error of 5e-4; less their maximum, those that matter are near 0 and exact.
+    """
+    torch.sub(logits, logits.amax(-1, keepdim=True).to(out.dtype), out=out)
+
+
+def write_forward_kl(
+    student: Tensor, teacher: Tensor, student_probs: Tensor, teacher_probs: Tensor, *, out: Tensor
+) -> None:
+    """Writes KL(teacher || student) per row.
+
+    Args:
+        student: (rows, classes) softened logits, the largest of each row 0.
+        teacher: as `student`; used up.
+        student_probs: (rows, classes) softmax of `student`.
+        teacher_probs: (rows, classes) softmax of `teacher`.
+        out: (rows, 1).
+    """
     # 0 * inf and 0 * (inf - inf) are NaN here, but a class without the teacher's probability contributes 0. A NaN
     # among the logits is not lost: the maxima below carry it.
     contributions = teacher.sub_(student).mul_(teacher_probs)
     contributions.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    torch.sum(contributions, -1, keepdim=True, out=kl)
+    torch.sum(contributions, -1, keepdim=True, out=out)
     # The largest shifted logit is 0, so log-sum-exp is minus the log of the largest probability.
-    kl.add_(teacher_probs.amax(-1, keepdim=True).div_(student_probs.amax(-1, keepdim=True)).log_())
-    if direction is not None:
-        torch.mul(student_probs.sub_(teacher_probs), headroom, out=direction)
+    out.add_(teacher_probs.amax(-1, keepdim=True).div_(student_probs.amax(-1, keepdim=True)).log_())

@@ -37,14 +37,27 @@ def row_blocks(tensors: Sequence[Tensor], rows: int) -> Iterator[tuple[Tensor, .
     yield from zip(*(tensor.split(rows) for tensor in flat), strict=True)
 
 
+def may_read(tensor: Tensor) -> bool:
+    """Whether the host may look at the tensor's values, because nothing has to be waited for."""
+    return tensor.device.type == "cpu"
+
+
+def clear_rows(rows: Tensor, weights: Tensor) -> None:
+    """Sets the rows (rows, columns) to 0, even where they hold NaN, whose weight, (rows, 1), is 0."""
+    # Masking costs a CPU as much as a softmax, and looking whether there is anything to mask costs it nothing. On
+    # other devices looking would wait.
+    if not may_read(weights) or not bool(weights.all()):
+        rows.masked_fill_(weights == 0, 0.0)
+
+
 def attach_gradient(values: Tensor, student_logits: Tensor, *, direction: Tensor, scale: Tensor) -> Tensor:
-    """The values, with d values / d student_logits = scale * direction.
+    """The values, with d values / d student_logits = scale * direction; of a scalar, that of the sum over items.
 
     Backward multiplies `direction` in place and gives it away, so that no second tensor of its size exists; a graph
     that is retained gets a copy. Items whose incoming gradient is 0 get exactly 0, even where `direction` is NaN.
 
     Args:
-        values: (...,) without a graph.
+        values: (...,) or a scalar, without a graph.
         student_logits: (..., classes); not kept.
         direction: (..., classes) in the dtype of `student_logits`; owned by the graph from here on.
         scale: (..., 1) in the dtype of `values`.
@@ -67,9 +80,11 @@ class _AttachedGradient(torch.autograd.Function):
         if _graph_is_retained():
             direction = direction.clone()
         weight = values_gradient.unsqueeze(-1) * scale
+        if may_read(weight) and bool((weight == 1).all()):
+            return direction, None, None, None
         rows = rows_per_block(direction, buffers=4, dtype=weight.dtype)
         for block, block_weight in row_blocks((direction, weight), rows):
-            block.mul_(block_weight).masked_fill_(block_weight == 0, 0.0)
+            clear_rows(block.mul_(block_weight), block_weight)
         return direction, None, None, None
 
 

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Trainings over the same rows, cut and padded in other ways, and what their steps have in common."""
 
 import math

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """One step is one step, however its rows are cut into micro-batches and padded."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What a distillation saves is what `Trainer` saves: a student that loads without us, and nothing of the teacher."""
 
 import json

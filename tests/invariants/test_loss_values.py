@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """The logged terms are the formulas' values, in float64, over rows taken one by one and without any padding."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Rows without a label teach nothing about labels, all they can about the teacher, and cost no exactness."""
 
 import pytest

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """With the task alone, one process and no accumulation, `DistillationTrainer` is `Trainer`, bit for bit."""
 
 import numpy as np

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Two processes take the step that one takes, log its terms and evaluate to its metrics."""
 
 import subprocess

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """A training that stops in the middle of an epoch and resumes ends with the bits of one that did not stop."""
 
 from pathlib import Path

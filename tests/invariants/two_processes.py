@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """`python -m tests.invariants.two_processes FILE`: every head trained and evaluated by two processes over gloo.
 
 A fresh interpreter forks them, so that they inherit neither threads nor `accelerate`'s state from a test run.

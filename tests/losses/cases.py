@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """Logits for property tests: odd shapes, extreme sizes, padded vocabularies."""
 
 import math

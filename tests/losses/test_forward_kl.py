@@ -1,45 +1,16 @@
-# SPDX-License-Identifier: Apache-2.0
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from hf_distill.losses import forward_kl, row_gradient
 from tests import references
 from tests.losses.cases import random_case
+from tests.losses.observing import LargeAllocations
 
 INF = math.inf
-
-
-class LargeAllocations(TorchDispatchMode):
-    """Counts the storages of at least `nbytes` that appear while it is active."""
-
-    def __init__(self, nbytes, known):
-        super().__init__()
-        self.nbytes, self.count, self.held = nbytes, 0, list(known)
-        self.seen = {tensor.untyped_storage().data_ptr() for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().nbytes() >= self.nbytes:
-                if tensor.untyped_storage().data_ptr() not in self.seen:
-                    self.count += 1
-                    self.seen.add(tensor.untyped_storage().data_ptr())
-                    self.held.append(tensor)  # else a later storage could take the address unseen
-        return result
-
-
-@pytest.fixture
-def three_rows_a_block(monkeypatch):
-    def set_classes(classes):
-        monkeypatch.setattr(row_gradient, "_CPU_SCRATCH_BYTES", 3 * 4 * 4 * classes)
-
-    return set_classes
 
 
 @given(shift=st.sampled_from([-1e4, -3.0, 512.0, 1e4]), seed=st.integers(0, 999))

@@ -1,4 +1,3 @@
-# SPDX-License-Identifier: Apache-2.0
 """What every registered loss must do; a new entry is tested here without being named."""
 
 import inspect

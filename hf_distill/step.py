@@ -1,0 +1,163 @@
+"""One batch through both models, and the loss that comes of it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_distill.accounting import StepCounts, TermMeter
+from hf_distill.arguments import DistillationTrainingArguments
+from hf_distill.batches import Batch
+from hf_distill.config import DistillationConfig
+from hf_distill.evaluation import EvaluationMixin
+from hf_distill.fused_terms import FusedTerms
+from hf_distill.models.heads import decoder_inputs, problem_type, task_model
+from hf_distill.objective import agreement_sum, kd_sum
+from hf_distill.pairing import ModelPair
+from hf_distill.signals import Task, TeacherOutput, read_logits
+from hf_distill.task_loss import check_smoothing, is_sum, task_loss
+from hf_distill.teachers import Teacher
+
+
+class StepMixin(EvaluationMixin):
+    """`Trainer.compute_loss` with a teacher, in training and in evaluation."""
+
+    args: DistillationTrainingArguments
+    model: Any
+    teacher: Teacher | None
+    _pair: ModelPair
+    _meter: TermMeter
+    _fused: FusedTerms
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The weighted sum of the terms, each a share of its mean over the window and all ranks.
+
+        Args:
+            model: the student as wrapped for training.
+            inputs: the batch with labels and `teacher_*` columns; left as it is.
+            return_outputs: whether to return the student's output too.
+            num_items_in_batch: the window's counts from `get_batch_samples`; without them the batch stands alone.
+
+        Returns: the loss, scalar; in evaluation the task loss alone, or None without labels.
+        """
+        loss: Tensor | None
+        terms = self.args.distillation
+        batch = self.split(inputs)
+        teacher_output = None
+        if self.teacher is not None and (terms.logits.weight > 0 or not model.training):
+            teacher_output = self.teacher(batch.teacher)
+        if model.training:
+            known = isinstance(num_items_in_batch, StepCounts)
+            counts = num_items_in_batch if known else StepCounts.of_batch(batch.items)
+            loss, outputs = self._training_loss(model, batch, counts, terms, teacher_output, fuse=not return_outputs)
+        else:
+            loss, outputs = self._evaluation_loss(model, batch, terms, teacher_output)
+        return (loss, outputs) if return_outputs else loss
+
+    def _training_loss(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        counts: StepCounts,
+        terms: DistillationConfig,
+        teacher_output: TeacherOutput | None,
+        *,
+        fuse: bool,
+    ) -> tuple[Tensor, Any]:
+        with_task = bool(batch.labels) and terms.task.weight > 0
+        is_plain = self.label_smoother is None and self.compute_loss_func is None
+        fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
+        outputs = model(**self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted)))
+        pairs = self._aligned(outputs, teacher_output)
+        result: tuple[Tensor, Tensor | None, Tensor | None] | None = None
+        if fuse and teacher_output is not None:
+            overwrite = teacher_output.overwritable
+            result = self._fused(
+                outputs, pairs[0][1], batch, counts, terms, task=self._pair.task, overwrite_teacher=overwrite
+            )
+        if result is None:
+            result = self._terms_apart(outputs, pairs, batch, counts, terms)
+        loss, task_share, kd_share = result
+        for name, share in (("loss_task", task_share), ("loss_kd", kd_share)):
+            if share is not None:
+                self._meter.add(name, share * counts.world_scale)
+        return loss if counts.world_scale == 1 else loss * counts.world_scale, outputs
+
+    def _terms_apart(
+        self,
+        outputs: Any,
+        pairs: list[tuple[Tensor, Tensor]],
+        batch: Batch,
+        counts: StepCounts,
+        terms: DistillationConfig,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """The weighted loss of a batch, and its shares of the terms before their weights."""
+        weighted, task, kd = [], None, None
+        if terms.task.weight > 0:
+            # A batch of unlabelled rows alone must still give a number and a graph; 0 * (a sum of -inf) would be NaN.
+            empty = read_logits(self._pair.task, outputs)[0][:0].sum()
+            task = self._task_loss(outputs, batch, counts) if batch.labels else empty
+            weighted.append(task if terms.task.weight == 1 else terms.task.weight * task)
+        if pairs:
+            total = kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=self._problem_type(batch))
+            kd = total / counts.kd.clamp(min=1)
+            weighted.append(terms.logits.weight * kd)
+        return torch.stack(weighted).sum(), task, kd
+
+    def _evaluation_loss(
+        self, model: nn.Module, batch: Batch, terms: DistillationConfig, teacher_output: TeacherOutput | None
+    ) -> tuple[Tensor | None, Any]:
+        """The task loss of a batch, with the sums of all metrics in the meter."""
+        outputs = model(**self._student_arguments(batch, own_loss=bool(batch.labels)))
+        counts, kind = StepCounts.of_batch(batch.items), self._problem_type(batch)
+        task = self._task_loss(outputs, batch, counts) if batch.labels else None
+        if task is not None:
+            is_mean = not is_sum(self._pair.task, self._student_config)
+            self._eval_meter.add("loss", task * counts.task[0] if is_mean else task)
+            self._eval_meter.add("task_items", counts.task[0])
+        if pairs := self._aligned(outputs, teacher_output):
+            self._eval_meter.add("kd", kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=kind))
+            self._eval_meter.add("kd_items", counts.kd)
+            agreement = agreement_sum(pairs, batch, task=self._pair.task, problem_type=kind)
+            if agreement is not None:
+                self._eval_meter.add("agreement", agreement)
+        return task, outputs
+
+    @property
+    def _student_config(self) -> Any:
+        return task_model(self.model).config
+
+    def _problem_type(self, batch: Batch) -> str:
+        return problem_type(self._student_config, batch.labels.get("labels"), default=self._pair.problem_type)
+
+    def _aligned(self, outputs: Any, teacher_output: TeacherOutput | None) -> list[tuple[Tensor, Tensor]]:
+        if teacher_output is None:
+            return []
+        return self._pair.align(read_logits(self._pair.task, outputs), teacher_output.logits)
+
+    def _student_arguments(self, batch: Batch, *, own_loss: bool) -> dict[str, Any]:
+        """What the student's forward gets: with the labels only where it is to form the loss itself."""
+        is_plain = self.label_smoother is None and self.compute_loss_func is None
+        if not batch.labels or (own_loss and (is_plain or "labels" not in batch.labels)):
+            return batch.student
+        arguments = batch.unlabelled_student
+        if self._pair.task is Task.SEQ2SEQ_LM and "decoder_input_ids" not in arguments:
+            arguments = {**arguments, **decoder_inputs(self.model, batch.labels["labels"])}
+        return arguments
+
+    def _task_loss(self, outputs: Any, batch: Batch, counts: StepCounts) -> Tensor:
+        labels, kind = batch.labels.get("labels"), self._problem_type(batch)
+        items = counts.task[0].clamp(min=1)
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=items)
+        if self.label_smoother is not None:
+            check_smoothing(self._pair.task, kind, labels)
+            shifts = self._pair.task is Task.CAUSAL_LM
+            return self.label_smoother(outputs, labels, shift_labels=shifts, num_items_in_batch=items)
+        return task_loss(outputs, batch, counts, task=self._pair.task, problem_type=kind, config=self._student_config)
