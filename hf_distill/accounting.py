@@ -52,6 +52,16 @@ class StepCounts:
         """Items the teacher teaches."""
         return self.counts[2]
 
+    @property
+    def labelled(self) -> Tensor:
+        """Rows with a label."""
+        return self.counts[3]
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows, those that ranks repeat left out."""
+        return self.counts[4]
+
 
 def mark_repeated_rows(inputs: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     """The batch, with a `ROW_MASK` if it is a data loader's last and repeats rows so that the ranks come out even.
@@ -82,8 +92,9 @@ class TermMeter:
         self._sums = {}
 
     def totals(self, accelerator: Accelerator) -> dict[str, float]:
-        """The sums over all ranks, as numbers; every rank must have added the same names in the same order."""
+        """The sums over all ranks, as numbers; every rank must have added the same names."""
         if not self._sums:
             return {}
-        total = accelerator.reduce(torch.stack([*self._sums.values()]), "sum")
-        return dict(zip(self._sums, total.tolist(), strict=True))
+        names = sorted(self._sums)  # ranks may have met them in another order
+        total = accelerator.reduce(torch.stack([self._sums[name] for name in names]), "sum")
+        return dict(zip(names, total.tolist(), strict=True))

@@ -17,7 +17,7 @@ def label_order(student_id2label: Mapping[int, str], teacher_id2label: Mapping[i
     student, teacher = (
         [str(table[i]).casefold() for i in sorted(table)] for table in (student_id2label, teacher_id2label)
     )
-    if len(student) == len(teacher) and (_is_default(student) or _is_default(teacher)):
+    if student == teacher or (len(student) == len(teacher) and (_is_default(student) or _is_default(teacher))):
         return None
     if len({*student}) < len(student) or len({*teacher}) < len(teacher) or {*student} != {*teacher}:
         raise ValueError(
@@ -66,6 +66,11 @@ def shared_vocabulary(
             "(the same tokenizer twice, if it is one), or use a teacher with the student's tokenizer."
         )
     return shared
+
+
+def is_extension(student_tokens: Mapping[str, int], teacher_tokens: Mapping[str, int]) -> bool:
+    """Whether every id that both tokenizers use means the same, as where only one was given further tokens."""
+    return student_tokens.items() <= teacher_tokens.items() or teacher_tokens.items() <= student_tokens.items()
 
 
 def ordered_classes(logits: Tensor, *, order: Tensor | None, classes: int | None) -> Tensor:

@@ -42,6 +42,12 @@ class Batch:
         return {name: value for name, value in self.student.items() if name not in TARGETS}
 
 
+def student_inputs(inputs: Mapping[str, Any], pair: ModelPair) -> dict[str, Any]:
+    """Those of a batch's entries that the student's forward gets: nothing of the teacher's or of ours."""
+    apart = (*pair.teacher_only_inputs, LABEL_MASK, ROW_MASK)
+    return {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX) and name not in apart}
+
+
 def split_batch(
     inputs: Mapping[str, Any],
     pair: ModelPair,
@@ -56,16 +62,25 @@ def split_batch(
         pair: how the student and the teacher fit together.
         frames: makes the mask of a CTC model's output frames of its inputs; called for CTC only.
         special_tokens: (any,) ids that no label-free position may have.
+
+    Raises:
+        ValueError: the teacher has other tokens, and the batch no `teacher_*` columns for it to read.
     """
     own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
     teacher_columns = {
         name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if name.startswith(TEACHER_PREFIX)
     }
+    if pair.needs_teacher_inputs and not teacher_columns:
+        raise ValueError(
+            "The teacher's tokenizer gives its ids to other tokens than the student's, and the batch has no columns "
+            f"for the teacher (it has {', '.join(own)}). Tokenize the text with the teacher's tokenizer too, into "
+            "teacher_input_ids, teacher_attention_mask, ..., and pass teacher_processing_class to pad them."
+        )
     rows = own.pop(ROW_MASK, None)
     if rows is not None:
         own = {**_without_labels(own, rows), LABEL_MASK: own.get(LABEL_MASK, rows) & rows}
     mask = {name: own.pop(name) for name in (LABEL_MASK,) if name in own}
-    student = {name: value for name, value in own.items() if name not in pair.teacher_only_inputs}
+    student = student_inputs(own, pair)
     items = find_items(
         pair.task,
         {**student, **mask},

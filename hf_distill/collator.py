@@ -17,7 +17,13 @@ SPAN_COLUMNS = ("start_positions", "end_positions")
 
 def _gaps(label: Any) -> np.ndarray:
     """Which entries of a label say that there is none."""
-    values = np.asarray(np.nan if label is None else label, dtype=np.float64)
+    try:
+        values = np.asarray(np.nan if label is None else label, dtype=np.float64)
+    except ValueError as error:
+        raise ValueError(
+            f"The label {label!r} is neither a number nor a list of numbers. Map names to the numbers of the "
+            "student's config.label2id, e.g. with Dataset.class_encode_column or Dataset.map."
+        ) from error
     return np.isnan(values) | (values == IGNORE_INDEX)
 
 
@@ -28,7 +34,8 @@ def is_missing(label: Any) -> bool:
 
 def is_incomplete(label: Any) -> bool:
     """Whether a label is missing or, being a sequence, partly so."""
-    return is_missing(label) or bool(_gaps(label).any())
+    gaps = _gaps(label)
+    return gaps.size == 0 or bool(gaps.any())
 
 
 class DistillationCollator:
@@ -45,15 +52,24 @@ class DistillationCollator:
         filler: what stands for a missing label: -100 for a class, NaN for a number, a list of NaN for many labels.
         teacher_processing_class: the teacher's tokenizer or feature extractor, whose `pad` pads the `teacher_*`
             columns; without it they must have equal shapes.
+        always_mask: whether batches without a missing label hold `label_mask` too, since something will join them
+            with others, key by key.
     """
 
     def __init__(
-        self, collator: Any, *, task: Task, filler: Any = IGNORE_INDEX, teacher_processing_class: Any | None = None
+        self,
+        collator: Any,
+        *,
+        task: Task,
+        filler: Any = IGNORE_INDEX,
+        teacher_processing_class: Any | None = None,
+        always_mask: bool = False,
     ) -> None:
         self.collator = collator
         self.task = task
         self.filler = filler
         self.teacher_processing_class = teacher_processing_class
+        self.always_mask = always_mask
 
     def __getattr__(self, name: str) -> Any:
         # `collator` and dunder names must fail here, or unpickling in a data-loader worker would recurse for ever.
@@ -72,7 +88,7 @@ class DistillationCollator:
         ]
         students, labelled = self._fill_labels(students)
         batch = self.collator(students)
-        if not all(labelled):
+        if labelled is not None and (self.always_mask or not all(labelled)):
             batch[LABEL_MASK] = torch.tensor(labelled)
         if teachers[0]:
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in self._pad_teachers(teachers).items()})
@@ -83,20 +99,20 @@ class DistillationCollator:
             return self.teacher_processing_class.pad(rows, return_tensors="pt")
         try:
             return default_data_collator(rows)
-        except ValueError as error:
+        except (ValueError, RuntimeError) as error:  # lists that are ragged, or tensors
             raise ValueError(
                 f"The columns {', '.join(TEACHER_PREFIX + name for name in rows[0])} have rows of different lengths. "
                 "Pass teacher_processing_class= to DistillationTrainer: its `pad` makes them equal."
             ) from error
 
-    def _fill_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[bool]]:
-        everywhere = [True] * len(rows)
+    def _fill_labels(self, rows: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[bool] | None]:
+        """The rows with labels to make tensors of, and which had one; None where the labels say so themselves."""
         names = SPAN_COLUMNS if self.task is Task.QUESTION_ANSWERING else LABEL_COLUMNS
         columns = [name for name in names if any(name in row for row in rows)]
         if not columns or (self.task.is_language_model and self.task is not Task.CTC):
-            return rows, everywhere
+            return rows, None
         if self.task is Task.TOKEN_CLASSIFICATION:  # its labels say by themselves which tokens have one
-            return [self._with_token_labels(row, columns[0], rows) for row in rows], everywhere
+            return [self._with_token_labels(row, columns[0], rows) for row in rows], None
         gap_in = is_incomplete if self.task is Task.SEQUENCE_CLASSIFICATION else is_missing
         missing = [any(gap_in(row.get(name)) for name in columns) for row in rows]
         present = [row[name] for row in rows for name in columns if row.get(name) is not None]

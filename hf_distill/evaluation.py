@@ -10,7 +10,8 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
 
 from hf_distill.accounting import TermMeter, mark_repeated_rows
-from hf_distill.batches import Batch
+from hf_distill.batches import Batch, student_inputs
+from hf_distill.pairing import ModelPair
 
 if TYPE_CHECKING:  # the mixins call and override what a trainer class beside them has
     from transformers import Trainer as TrainerBase
@@ -18,7 +19,12 @@ else:
     TrainerBase = object
 
 
-def _evaluation_loss(metrics: Mapping[str, float]) -> float:
+def _loss_of(metrics: Mapping[str, float]) -> float:
+    if "eval_loss" not in metrics:
+        raise ValueError(
+            f"The search minimises eval_loss, but the evaluation gave {', '.join(metrics)}: its rows have no labels, "
+            'or eval_dataset is a dict. Pass compute_objective, e.g. lambda metrics: metrics["eval_kd"].'
+        )
     return metrics["eval_loss"]
 
 
@@ -30,6 +36,7 @@ class EvaluationMixin(TrainerBase):
     """
 
     _eval_meter: TermMeter
+    _pair: ModelPair
     split: Callable[[Mapping[str, Any]], Batch]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -53,10 +60,13 @@ class EvaluationMixin(TrainerBase):
     ) -> tuple[Tensor | None, Any, Any]:
         """Loss, logits and labels of one evaluation batch, as `Trainer` gives them; the sums go into the meter."""
         inputs = mark_repeated_rows(self._prepare_inputs(inputs), self.accelerator)
-        with torch.no_grad(), self.compute_loss_context_manager():
-            loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        student = self.split(inputs).student
-        if getattr(self.args, "predict_with_generate", False) and not prediction_loss_only:
+        student = student_inputs(inputs, self._pair)
+        generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
+        # Text can be generated where there is no target for a loss, and nothing for a decoder to read.
+        if not generates or {"labels", "decoder_input_ids"} & {*student}:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+        if generates:
             return super().prediction_step(model, student, prediction_loss_only, ignore_keys, **gen_kwargs)
         loss = None if loss is None else loss.detach()
         if prediction_loss_only:
@@ -91,8 +101,8 @@ class EvaluationMixin(TrainerBase):
         for metric, divisor in (("loss", "task_items"), ("kd", "kd_items"), ("agreement", "kd_items")):
             if totals.get(divisor) and metric in totals:
                 metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals[divisor]
-            else:  # the mean over no label at all is no loss of 0
-                metrics.pop(f"{metric_key_prefix}_{metric}", None)
+            elif metric == "loss":  # the mean over no label at all is no loss of 0
+                metrics.pop(f"{metric_key_prefix}_loss", None)
         return output._replace(metrics=metrics)
 
     def hyperparameter_search(
@@ -106,4 +116,4 @@ class EvaluationMixin(TrainerBase):
 
         `Trainer` would add up every metric there is, agreement and distance alike.
         """
-        return super().hyperparameter_search(hp_space, compute_objective or _evaluation_loss, *args, **kwargs)
+        return super().hyperparameter_search(hp_space, compute_objective or _loss_of, *args, **kwargs)

@@ -25,17 +25,19 @@ class Items:
             answering has two, for the start and the end; every other task one.
         kd: what the teacher teaches: (batch,) or (batch, length) in the layout of the logits.
         labelled: (batch,), the rows that have a label.
+        rows: (batch,), the rows that count; None for all.
     """
 
     task: tuple[Tensor, ...]
     kd: Tensor
     labelled: Tensor
+    rows: Tensor | None = None
 
     def counts(self) -> Tensor:
         """(5,) int64: task items, items of a second task target, KD items, labelled rows, rows."""
-        rows = torch.full_like(self.labelled.sum(), len(self.labelled))
+        rows = torch.ones_like(self.labelled) if self.rows is None else self.rows
         task = [mask.sum() for mask in self.task]
-        return torch.stack([task[0], task[-1], self.kd.sum(), self.labelled.sum(), rows])
+        return torch.stack([task[0], task[-1], self.kd.sum(), self.labelled.sum(), rows.sum()])
 
     def of_rows(self, rows: Tensor) -> "Items":
         """The same items without those of rows where `rows` (batch,) is False."""
@@ -43,7 +45,7 @@ class Items:
         def keep(mask: Tensor) -> Tensor:
             return mask & rows.view(-1, *[1] * (mask.dim() - 1))
 
-        return Items(tuple(keep(mask) for mask in self.task), keep(self.kd), keep(self.labelled))
+        return Items(tuple(keep(mask) for mask in self.task), keep(self.kd), keep(self.labelled), rows)
 
 
 def batch_size(inputs: Mapping[str, Tensor]) -> int:

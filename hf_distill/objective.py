@@ -34,7 +34,7 @@ def kd_sum(
             pairs of (batch, length), whose classes are the real positions, and whose mean is one item's value.
         batch: the batch.
         term: the loss and its temperature.
-        task: what the heads predict; problem_type: Transformers' name of the kind of sequence classification.
+        task: what the heads predict.
         problem_type: Transformers' name of the kind of sequence classification.
 
     Raises:

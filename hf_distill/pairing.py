@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_distill.alignment import label_order, ordered_classes, shared_vocabulary
+from hf_distill.alignment import is_extension, label_order, ordered_classes, shared_vocabulary
 from hf_distill.models.heads import find_task, input_names, task_model
 from hf_distill.signals import Task
 
@@ -23,6 +23,7 @@ class ModelPair:
         order: (classes,) the teacher's index of each of the student's labels, or None where they agree.
         teacher_only_inputs: names that only the teacher's forward takes, such as `token_type_ids`.
         problem_type: the kind of sequence classification by the configs, or None where they do not tell.
+        needs_teacher_inputs: whether the teacher's tokens are others, so that the student's mean nothing to it.
     """
 
     task: Task
@@ -30,6 +31,7 @@ class ModelPair:
     order: Tensor | None
     teacher_only_inputs: frozenset[str]
     problem_type: str | None = None
+    needs_teacher_inputs: bool = False
 
     def align(
         self, student_logits: tuple[Tensor, ...], teacher_logits: tuple[Tensor, ...]
@@ -51,7 +53,8 @@ class ModelPair:
                 raise ValueError(
                     f"The student's logits have shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}. "
                     "Item by item they must mean the same: give both the same tokens, frames or choices (teacher_* "
-                    "columns with another length work for tasks with one prediction per row only)."
+                    "columns with another length work for tasks with one prediction per row only), and no virtual "
+                    "tokens to one of them (prompt tuning)."
                 )
         return pairs
 
@@ -87,16 +90,19 @@ def pair_models(
         )
     student_config, teacher_config = task_model(student).config, task_model(teacher).config
     order, classes = None, None
+    student_tokens, teacher_tokens = _tokens(student_tokenizer), _tokens(teacher_tokenizer)
     if student_task.has_named_labels:
         order = _label_order(student_config, teacher_config)
     elif student_task.is_language_model:
-        classes = _shared_classes(student_config, teacher_config, student_tokenizer, teacher_tokenizer)
+        classes = _shared_classes(student_config, teacher_config, student_tokens, teacher_tokens)
     return ModelPair(
         task=student_task,
         classes=classes,
         order=None if order is None else torch.tensor(order, device=device),
         teacher_only_inputs=input_names(teacher) - input_names(student),
         problem_type=_problem_type(student_config, teacher_config),
+        needs_teacher_inputs=not (student_tokens is None or teacher_tokens is None)
+        and not is_extension(student_tokens, teacher_tokens),
     )
 
 
@@ -111,12 +117,13 @@ def _problem_type(student_config: Any, teacher_config: Any) -> str | None:
 
 
 def _shared_classes(
-    student_config: Any, teacher_config: Any, student_tokenizer: Any | None, teacher_tokenizer: Any | None
+    student_config: Any,
+    teacher_config: Any,
+    student_tokens: Mapping[str, int] | None,
+    teacher_tokens: Mapping[str, int] | None,
 ) -> int | None:
     sizes = [config.get_text_config(decoder=True).vocab_size for config in (student_config, teacher_config)]
-    shared = shared_vocabulary(
-        *sizes, student_tokens=_tokens(student_tokenizer), teacher_tokens=_tokens(teacher_tokenizer)
-    )
+    shared = shared_vocabulary(*sizes, student_tokens=student_tokens, teacher_tokens=teacher_tokens)
     return None if sizes[0] == sizes[1] else shared
 
 

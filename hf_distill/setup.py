@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoTokenizer, TrainingArguments
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.batches import TARGETS
-from hf_distill.models.heads import find_task, task_model
+from hf_distill.models.heads import task_model
 from hf_distill.teachers import AdapterOffTeacher, LocalTeacher, Teacher, load_teacher
 
 
@@ -73,14 +74,10 @@ def make_teacher(
         TypeError: `teacher_model` is nothing that teaches.
     """
     if teacher_model is None:
-        if hasattr(student(), "disable_adapter"):
-            return AdapterOffTeacher(student, autocast=autocast)
-        if args.distillation.logits.weight == 0:
-            return None
-        raise ValueError(
-            f"kd_weight={args.kd_weight}, but there is no teacher. Pass teacher_model= (a module, a name or a path), "
-            "give a PEFT student, whose base then teaches, or set kd_weight=0."
-        )
+        has_adapter = hasattr(student(), "disable_adapter")
+        teacher = AdapterOffTeacher(student, autocast=autocast) if has_adapter else None
+        check_teacher(teacher, args)
+        return teacher
     if isinstance(teacher_model, str | os.PathLike):
         # Loading may initialise a head at random: the student's training must not depend on that.
         with torch.random.fork_rng():
@@ -94,6 +91,19 @@ def make_teacher(
         f"teacher_model is a {type(teacher_model).__name__}, expected a Transformers model, its name or path, a "
         "hf_distill.teachers.Teacher, or None with a PEFT student."
     )
+
+
+def check_teacher(teacher: Teacher | None, args: DistillationTrainingArguments) -> None:
+    """Refuses a logit term without a teacher, be it one that was turned on since the trainer was made.
+
+    Raises:
+        ValueError: with the ways to give a teacher.
+    """
+    if teacher is None and args.distillation.logits.weight > 0:
+        raise ValueError(
+            f"kd_weight={args.kd_weight}, but there is no teacher. Pass teacher_model= (a module, a name or a path), "
+            "give a PEFT student, whose base then teaches, or set kd_weight=0."
+        )
 
 
 def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
@@ -113,12 +123,13 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
 
 
 def teacher_tokenizer(teacher_model: Any, teacher: Teacher, processing_class: Any | None) -> Any | None:
-    """The tokenizer that came with the teacher, where vocabularies are compared and one can be found, else None."""
+    """The tokenizer that came with the teacher, where one can be found and there is another to compare it with."""
     if isinstance(teacher, AdapterOffTeacher):
         return processing_class
     model = task_model(teacher.model)
     name = teacher_model if isinstance(teacher_model, str | os.PathLike) else model.name_or_path
-    if processing_class is None or not name or not find_task(model).is_language_model:
+    # Some tokenizer classes make up an empty one where none was saved with the model.
+    if processing_class is None or not name or not get_tokenizer_config(name):
         return None
     try:
         return AutoTokenizer.from_pretrained(name)

@@ -100,9 +100,10 @@ class StepMixin(EvaluationMixin):
         """The weighted loss of a batch, and its shares of the terms before their weights."""
         weighted, task, kd = [], None, None
         if terms.task.weight > 0:
-            # A batch of unlabelled rows alone must still give a number and a graph; 0 * (a sum of -inf) would be NaN.
-            empty = read_logits(self._pair.task, outputs)[0][:0].sum()
-            task = self._task_loss(outputs, batch, counts) if batch.labels else empty
+            if batch.labels:
+                task = self._task_loss(outputs, batch, counts)
+            else:  # still a number with a graph; 0 * (a sum of -inf) would be NaN
+                task = read_logits(self._pair.task, outputs)[0][:0].sum()
             weighted.append(task if terms.task.weight == 1 else terms.task.weight * task)
         if pairs:
             total = kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=self._problem_type(batch))

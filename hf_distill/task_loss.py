@@ -22,9 +22,9 @@ def task_loss(outputs: Any, batch: Batch, counts: StepCounts, *, task: Task, pro
 
     Args:
         outputs: the student's output for `batch.student`, its own `loss` included.
-        batch: the batch; counts: the divisors.
+        batch: the batch.
         counts: the divisors.
-        task: what the head predicts; problem_type: Transformers' name of the kind of sequence classification.
+        task: what the head predicts.
         problem_type: Transformers' name of the kind of sequence classification.
         config: the student's config, for CTC's blank, reduction and treatment of impossible targets.
     """

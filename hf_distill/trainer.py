@@ -24,7 +24,7 @@ from hf_distill.fused_terms import FusedTerms
 from hf_distill.items import LABEL_MASK
 from hf_distill.models.heads import frame_mask, input_names
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
-from hf_distill.setup import check_arguments, check_label_names, make_teacher, teacher_tokenizer
+from hf_distill.setup import check_arguments, check_label_names, check_teacher, make_teacher, teacher_tokenizer
 from hf_distill.step import StepMixin
 from hf_distill.teachers import Teacher, load_student, load_teacher
 
@@ -94,6 +94,8 @@ class DistillationMixin(StepMixin):
             task=self._pair.task,
             filler=label_filler(self._pair.task, self._student_config, label),
             teacher_processing_class=teacher_processing_class,
+            # The main process may make the batches of all (`dispatch_batches`, the default for streams).
+            always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
 
     def _pair_with(self, student: nn.Module) -> ModelPair:
@@ -109,7 +111,7 @@ class DistillationMixin(StepMixin):
         """A fresh student, checked against the teacher like the first."""
         model = super().call_model_init(trial)
         if hasattr(self, "_pair"):
-            self._pair = self._pair_with(model)
+            self._pair, self._fused = self._pair_with(model), FusedTerms()
         return model
 
     def _set_signature_columns_if_needed(self) -> None:
@@ -125,6 +127,7 @@ class DistillationMixin(StepMixin):
         self._meter.reset()
         self._windows = 0
         check_arguments(self.args, self._arguments_class)
+        check_teacher(self.teacher, self.args)
         return super()._inner_training_loop(*args, **kwargs)
 
     def split(self, inputs: Mapping[str, Any]) -> Batch:
@@ -150,8 +153,8 @@ class DistillationMixin(StepMixin):
             across_devices=self.args.average_tokens_across_devices,
         )
         self._windows += 1
-        self._meter.add("labelled", counts.counts[3])
-        self._meter.add("rows", counts.counts[4])
+        self._meter.add("labelled", counts.labelled)
+        self._meter.add("rows", counts.rows)
         return batches, counts
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_distill.models.heads import decoder_inputs, find_task, input_names, task_model
-from hf_distill.signals import TeacherOutput, read_logits
+from hf_distill.signals import Task, TeacherOutput, read_logits
 
 
 class LocalTeacher:
@@ -46,7 +46,8 @@ class LocalTeacher:
         if self._model.training:  # whoever turned it on since: dropout would make its targets noise
             self._model.eval()
         with torch.no_grad():
-            if model.config.is_encoder_decoder and "labels" in inputs and "decoder_input_ids" not in arguments:
+            # Not of every encoder-decoder model: a classifier's labels are no text to decode.
+            if self._task is Task.SEQ2SEQ_LM and "labels" in inputs and "decoder_input_ids" not in arguments:
                 arguments |= decoder_inputs(model, inputs["labels"])
             options = {"use_cache": False} if "use_cache" in self._names else {}
             with self._autocast():
