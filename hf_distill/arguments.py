@@ -56,6 +56,11 @@ class DistillationTrainingArguments(TrainingArguments):
         for name in ("teacher_model_init_kwargs", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):
                 raise ValueError(f'{name}={value!r} is not a JSON object. Write it as \'{{"dtype": "bfloat16"}}\'.')
+            if isinstance(value, dict) and {"token", "use_auth_token"} & {*value}:
+                raise ValueError(
+                    f"{name} holds an access token, which would be saved and logged with the arguments. Set the "
+                    "environment variable HF_TOKEN, or log in with `hf auth login`."
+                )
         _ = self.distillation
 
     @property

@@ -67,8 +67,9 @@ def split_batch(
         ValueError: the teacher has other tokens, and the batch no `teacher_*` columns for it to read.
     """
     own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
+    # A column like teacher_id, kept by remove_unused_columns=False, is no input.
     teacher_columns = {
-        name.removeprefix(TEACHER_PREFIX): value for name, value in inputs.items() if name.startswith(TEACHER_PREFIX)
+        name: inputs[TEACHER_PREFIX + name] for name in sorted(pair.teacher_inputs) if TEACHER_PREFIX + name in inputs
     }
     if pair.needs_teacher_inputs and not teacher_columns:
         raise ValueError(

@@ -27,9 +27,11 @@ class LogitTerm:
     def __post_init__(self) -> None:
         _check_weight("kd_weight", self.weight)
         LOSSES.get(self.loss)
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+        if not (
+            isinstance(self.temperature, int | float) and self.temperature > 0 and math.isfinite(self.temperature)
+        ):
             raise ValueError(
-                f"temperature={self.temperature}, but it divides the logits: it must be a positive number "
+                f"temperature={self.temperature!r}, but it divides the logits: it must be a positive number "
                 "(1 compares the distributions as they are, 2 to 4 is usual)."
             )
 
@@ -47,5 +49,5 @@ class DistillationConfig:
 
 
 def _check_weight(name: str, weight: float) -> None:
-    if not (weight >= 0 and math.isfinite(weight)):
-        raise ValueError(f"{name}={weight}, but the weight of a term must be a number >= 0.")
+    if not (isinstance(weight, int | float) and weight >= 0 and math.isfinite(weight)):
+        raise ValueError(f"{name}={weight!r}, but the weight of a term must be a number >= 0.")

@@ -1,10 +1,13 @@
 """What a data set must hold for the terms asked for, looked up before the first step."""
 
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
 from typing import Any
 
 import numpy as np
+import torch
 
 from hf_distill.batches import TARGETS
 from hf_distill.collator import LABEL_COLUMNS, SPAN_COLUMNS, is_missing
@@ -12,6 +15,7 @@ from hf_distill.items import IGNORE_INDEX
 from hf_distill.signals import Task
 
 _ROWS_LOOKED_AT = 1000
+_ROWS_WITHOUT_COLUMN = 16  # after which no later row is expected to have it
 
 
 def label_columns(task: Task) -> tuple[str, ...]:
@@ -30,11 +34,28 @@ def find_label(dataset: Any, task: Task, *, required: bool) -> Any | None:
     columns = label_columns(task)
     if dataset is None or not columns:
         return None
+    with _random_states_kept():
+        return _find_label(dataset, columns, required=required)
+
+
+@contextmanager
+def _random_states_kept() -> Iterator[None]:
+    """A data set that augments its rows draws random numbers; looking at some must not change the training's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        yield
+    random.setstate(python)
+    np.random.set_state(numpy)
+
+
+def _find_label(dataset: Any, columns: tuple[str, ...], *, required: bool) -> Any | None:
     found: set[str] = set()
-    for row in _rows(dataset, columns):
+    for number, row in enumerate(_rows(dataset, columns)):
         if not isinstance(row, Mapping):
             return None
         found |= {*row}
+        if number >= _ROWS_WITHOUT_COLUMN and found.isdisjoint(columns):
+            break
         label = next((row[name] for name in columns if name in row and not is_missing(row[name])), None)
         if label is not None:
             return label

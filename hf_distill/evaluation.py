@@ -98,11 +98,15 @@ class EvaluationMixin(TrainerBase):
         )
         totals = self._eval_meter.totals(self.accelerator)
         metrics = {} if output.metrics is None else output.metrics
-        for metric, divisor in (("loss", "task_items"), ("kd", "kd_items"), ("agreement", "kd_items")):
-            if totals.get(divisor) and metric in totals:
-                metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals[divisor]
-            elif metric == "loss":  # the mean over no label at all is no loss of 0
-                metrics.pop(f"{metric_key_prefix}_loss", None)
+        # Question answering has two targets, the start and the end, and its loss is the mean of their means.
+        losses = [totals[f"task_{i}"] / totals[f"task_items_{i}"] for i in (0, 1) if totals.get(f"task_items_{i}")]
+        if losses:
+            metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
+        else:  # the mean over no label at all is no loss of 0
+            metrics.pop(f"{metric_key_prefix}_loss", None)
+        for metric in ("kd", "agreement"):
+            if metric in totals and totals.get("kd_items"):
+                metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals["kd_items"]
         return output._replace(metrics=metrics)
 
     def hyperparameter_search(

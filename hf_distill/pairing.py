@@ -21,7 +21,8 @@ class ModelPair:
         task: what both heads predict.
         classes: how many leading classes both share, or None for all.
         order: (classes,) the teacher's index of each of the student's labels, or None where they agree.
-        teacher_only_inputs: names that only the teacher's forward takes, such as `token_type_ids`.
+        teacher_inputs: the names that the teacher's forward takes.
+        teacher_only_inputs: those of them that only the teacher's forward takes, such as `token_type_ids`.
         problem_type: the kind of sequence classification by the configs, or None where they do not tell.
         needs_teacher_inputs: whether the teacher's tokens are others, so that the student's mean nothing to it.
     """
@@ -29,6 +30,7 @@ class ModelPair:
     task: Task
     classes: int | None
     order: Tensor | None
+    teacher_inputs: frozenset[str]
     teacher_only_inputs: frozenset[str]
     problem_type: str | None = None
     needs_teacher_inputs: bool = False
@@ -44,7 +46,7 @@ class ModelPair:
         pairs = [
             (
                 ordered_classes(student, order=None, classes=self.classes),
-                ordered_classes(teacher, order=self.order, classes=self.classes).to(student.device),
+                ordered_classes(teacher.to(student.device), order=self.order, classes=self.classes),
             )
             for student, teacher in zip(student_logits, teacher_logits, strict=True)
         ]
@@ -80,7 +82,7 @@ def pair_models(
         ValueError: the teacher's head serves another task; its labels or its vocabulary are others.
     """
     if teacher is None:
-        return ModelPair(find_task(student), classes=None, order=None, teacher_only_inputs=frozenset())
+        return ModelPair(find_task(student), None, None, frozenset(), frozenset())
     student_task, teacher_task = find_task(student), find_task(teacher)
     if student_task is not teacher_task:
         raise ValueError(
@@ -99,6 +101,7 @@ def pair_models(
         task=student_task,
         classes=classes,
         order=None if order is None else torch.tensor(order, device=device),
+        teacher_inputs=input_names(teacher),
         teacher_only_inputs=input_names(teacher) - input_names(student),
         problem_type=_problem_type(student_config, teacher_config),
         needs_teacher_inputs=not (student_tokens is None or teacher_tokens is None)

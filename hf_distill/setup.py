@@ -1,7 +1,8 @@
 """From a user's arguments to a teacher, refusing what cannot work."""
 
+import difflib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -29,6 +30,11 @@ def check_arguments(args: TrainingArguments, expected: type[DistillationTraining
             "distillation's. Change the class name where you build it."
         )
     terms = args.distillation
+    if args.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"This is one of {os.environ['WORLD_SIZE']} launched processes, but the arguments make each train "
+            "alone, all into one output_dir. On machines without a GPU add --use_cpu (use_cpu=True)."
+        )
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would run under DataParallel, whose replicas' means cannot be made "
@@ -45,6 +51,25 @@ def check_arguments(args: TrainingArguments, expected: type[DistillationTraining
             "use_liger_kernel=True fuses the head with the task loss, so the student has no logits to compare. "
             "Set use_liger_kernel=False, or kd_weight=0."
         )
+
+
+def check_trainer_arguments(given: Iterable[str], known: Iterable[str]) -> None:
+    """Refuses keyword arguments that no trainer takes, with what was probably meant.
+
+    Raises:
+        TypeError: as Python would, but with the remedy.
+    """
+    known = [*known, "teacher_model", "teacher_processing_class"]
+    meant = {"tokenizer": "processing_class", "teacher": "teacher_model"}
+    for name in given:
+        if name in known:
+            continue
+        if name in DistillationTrainingArguments.__dataclass_fields__:
+            remedy = f"It belongs into args: DistillationTrainingArguments({name}=...)."
+        else:
+            nearest = [meant[name]] if name in meant else difflib.get_close_matches(name, known, n=1)
+            remedy = f"Did you mean {nearest[0]}?" if nearest else f"Known: {', '.join(known)}."
+        raise TypeError(f"The trainer has no argument {name!r}. {remedy}")
 
 
 def check_label_names(label_names: Sequence[str]) -> None:
@@ -79,7 +104,7 @@ def make_teacher(
         check_teacher(teacher, args)
         return teacher
     if isinstance(teacher_model, str | os.PathLike):
-        # Loading may initialise a head at random: the student's training must not depend on that.
+        # Loading may draw random numbers, which the student's training must not depend on.
         with torch.random.fork_rng():
             teacher_model = load_teacher(teacher_model, student(), args.teacher_model_init_kwargs)
     if isinstance(teacher_model, nn.Module):
@@ -133,5 +158,5 @@ def teacher_tokenizer(teacher_model: Any, teacher: Teacher, processing_class: An
         return None
     try:
         return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError):  # saved without one: then equal sizes are all there is to go by
+    except (OSError, ValueError, ImportError):  # saved without one: then equal sizes are all there is to go by
         return None

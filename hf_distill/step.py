@@ -15,7 +15,7 @@ from hf_distill.models.heads import decoder_inputs, problem_type, task_model
 from hf_distill.objective import agreement_sum, kd_sum
 from hf_distill.pairing import ModelPair
 from hf_distill.signals import Task, TeacherOutput, read_logits
-from hf_distill.task_loss import check_smoothing, is_sum, task_loss
+from hf_distill.task_loss import check_smoothing, is_sum, span_sums, task_loss
 from hf_distill.teachers import Teacher
 
 
@@ -119,9 +119,7 @@ class StepMixin(EvaluationMixin):
         counts, kind = StepCounts.of_batch(batch.items), self._problem_type(batch)
         task = self._task_loss(outputs, batch, counts) if batch.labels else None
         if task is not None:
-            is_mean = not is_sum(self._pair.task, self._student_config)
-            self._eval_meter.add("loss", task * counts.task[0] if is_mean else task)
-            self._eval_meter.add("task_items", counts.task[0])
+            self._add_task_loss(task, outputs, batch, counts)
         if pairs := self._aligned(outputs, teacher_output):
             self._eval_meter.add("kd", kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=kind))
             self._eval_meter.add("kd_items", counts.kd)
@@ -129,6 +127,14 @@ class StepMixin(EvaluationMixin):
             if agreement is not None:
                 self._eval_meter.add("agreement", agreement)
         return task, outputs
+
+    def _add_task_loss(self, mean: Tensor, outputs: Any, batch: Batch, counts: StepCounts) -> None:
+        sums = [mean if is_sum(self._pair.task, self._student_config) else mean * counts.task[0]]
+        if self._pair.task is Task.QUESTION_ANSWERING and self.compute_loss_func is None:
+            sums = [*span_sums(outputs, batch)]
+        for side, total in enumerate(sums):
+            self._eval_meter.add(f"task_{side}", total)
+            self._eval_meter.add(f"task_items_{side}", counts.task[side])
 
     @property
     def _student_config(self) -> Any:

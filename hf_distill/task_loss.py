@@ -28,19 +28,41 @@ def task_loss(outputs: Any, batch: Batch, counts: StepCounts, *, task: Task, pro
         problem_type: Transformers' name of the kind of sequence classification.
         config: the student's config, for CTC's blank, reduction and treatment of impossible targets.
     """
+    if task is Task.QUESTION_ANSWERING:
+        return _span_task_loss(outputs, batch, counts)
     ctc_sum = is_sum(task, config)
-    own_mean = batch.all_labelled and (counts.single or ctc_sum or task is not Task.QUESTION_ANSWERING)
-    if not own_mean and (values := _item_losses(outputs, batch, task, problem_type, config)) is not None:
-        divisors: tuple[Tensor | int, ...] = (1, 1) if ctc_sum else counts.task
-        parts = [
-            masked_sum(value, mask) / _at_least_one(divisor)
-            for value, mask, divisor in zip(values, batch.items.task, divisors, strict=False)
-        ]
-        return torch.stack(parts).mean()
+    if not batch.all_labelled and (values := _row_losses(outputs, batch, task, problem_type, config)) is not None:
+        return masked_sum(values, batch.items.task[0]) / (1 if ctc_sum else counts.task[0].clamp(min=1))
+    if outputs.get("loss") is None:
+        raise ValueError(
+            f"The student returned no loss for {', '.join(batch.labels)}. Its forward must take `labels` and return "
+            "their loss; pass compute_loss_func for a head without one, or set task_weight=0."
+        )
     present = batch.items.task[0].sum()
-    share = 1 if counts.single or ctc_sum else present / _at_least_one(counts.task[0])
+    share = 1 if counts.single or ctc_sum else present / counts.task[0].clamp(min=1)
     # A micro-batch without labels has the mean 0/0; its parameters' gradients are 0 all the same.
     return torch.where(present > 0, outputs["loss"] * share, 0.0)
+
+
+def span_sums(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The cross-entropies of the start and of the end positions, each summed over the rows that have one."""
+    sides = (("start_logits", "start_positions"), ("end_logits", "end_positions"))
+    sums = [
+        masked_sum(_span_loss(outputs[logits], batch.student[positions]), mask)
+        for (logits, positions), mask in zip(sides, batch.items.task, strict=True)
+    ]
+    return sums[0], sums[1]
+
+
+def _span_task_loss(outputs: Any, batch: Batch, counts: StepCounts) -> Tensor:
+    """The mean of two means, of the starts and of the ends: rows may have been cut off between the two."""
+    means = [total / count.clamp(min=1) for total, count in zip(span_sums(outputs, batch), counts.task, strict=True)]
+    loss = torch.stack(means).mean()
+    if not (counts.single and batch.all_labelled):
+        return loss
+    # The head's own, to the bit, but where a side without any position makes it NaN.
+    starts, ends = counts.task
+    return torch.where((starts > 0) & (ends > 0), outputs["loss"], loss)
 
 
 def check_smoothing(task: Task, problem_type: str, labels: Tensor | None) -> None:
@@ -64,17 +86,10 @@ def is_sum(task: Task, config: Any) -> bool:
     return task is Task.CTC and config.ctc_loss_reduction == "sum"
 
 
-def _at_least_one(count: Tensor | int) -> Tensor | int:
-    return count.clamp(min=1) if isinstance(count, Tensor) else count
-
-
-def _item_losses(outputs: Any, batch: Batch, task: Task, problem_type: str, config: Any) -> tuple[Tensor, ...] | None:
-    """One value per row, for each target; None where the model's own mean leaves unlabelled items out by itself."""
-    if task is Task.QUESTION_ANSWERING:
-        sides = (("start_logits", "start_positions"), ("end_logits", "end_positions"))
-        return tuple(_span_loss(outputs[logits], batch.student[positions]) for logits, positions in sides)
+def _row_losses(outputs: Any, batch: Batch, task: Task, problem_type: str, config: Any) -> Tensor | None:
+    """(batch,) a value per row; None where the model's own mean leaves unlabelled items out by itself."""
     if task is Task.CTC:
-        return (_ctc_loss(outputs["logits"], batch, config),)
+        return _ctc_loss(outputs["logits"], batch, config)
     if task is not Task.SEQUENCE_CLASSIFICATION or problem_type == "single_label_classification":
         return None
     labels = batch.student["labels"]
@@ -82,8 +97,8 @@ def _item_losses(outputs: Any, batch: Batch, task: Task, problem_type: str, conf
     # What stands for a missing label (NaN) must not reach the difference: its gradient would survive the mask.
     labels = torch.where(batch.items.labelled[:, None], labels.reshape(len(labels), -1).float(), 0.0)
     if problem_type == "regression":
-        return ((logits - labels).square().mean(-1),)
-    return (F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1),)
+        return (logits - labels).square().mean(-1)
+    return F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(-1)
 
 
 def _span_loss(logits: Tensor, positions: Tensor) -> Tensor:

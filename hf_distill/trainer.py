@@ -1,5 +1,6 @@
 """`Trainer` with a teacher: the overrides, and nothing else."""
 
+import inspect
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,14 @@ from hf_distill.fused_terms import FusedTerms
 from hf_distill.items import LABEL_MASK
 from hf_distill.models.heads import frame_mask, input_names
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
-from hf_distill.setup import check_arguments, check_label_names, check_teacher, make_teacher, teacher_tokenizer
+from hf_distill.setup import (
+    check_arguments,
+    check_label_names,
+    check_teacher,
+    check_trainer_arguments,
+    make_teacher,
+    teacher_tokenizer,
+)
 from hf_distill.step import StepMixin
 from hf_distill.teachers import Teacher, load_student, load_teacher
 
@@ -59,6 +67,7 @@ class DistillationMixin(StepMixin):
         teacher_processing_class: Any | None = None,
         **trainer_kwargs: Any,
     ) -> None:
+        check_trainer_arguments(trainer_kwargs, inspect.signature(super().__init__).parameters)
         if args is None:
             args = self._arguments_class(output_dir="tmp_trainer")
         check_arguments(args, self._arguments_class)

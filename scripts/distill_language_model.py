@@ -3,8 +3,7 @@
     python scripts/distill_language_model.py --teacher big-llama --student small-llama --dataset corpus.txt \
         --output_dir distilled --kd_weight 0.9 --task_weight 0.1 --temperature 1
 
-The data set is a file (.txt, .csv, .json, .jsonl, .parquet), a folder, or a name on the Hub; its text is cut into
-blocks of --block_size tokens. All options of TrainingArguments hold; see --help.
+The data set is a file, a folder, or a name on the Hub. All options of TrainingArguments hold; see --help.
 """
 
 from dataclasses import dataclass, field
@@ -27,17 +26,14 @@ class ScriptArguments:
     teacher: str = field(metadata={"help": "The teacher: a Hub name or a folder."})
     student: str = field(metadata={"help": "The student to train: a Hub name or a folder."})
     dataset: str = field(metadata={"help": "A file, a folder or a Hub name."})
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     block_size: int = field(default=256, metadata={"help": "Tokens in a training row."})
 
 
 def load_splits(script: ScriptArguments) -> DatasetDict:
     """The training and the evaluation text; without a split for evaluation, a twentieth is held out."""
-    if (suffix := Path(script.dataset).suffix) in LOADERS:
-        splits = load_dataset(LOADERS[suffix], data_files=script.dataset)
-    else:
-        splits = load_dataset(script.dataset, script.dataset_config)
+    suffix, name = Path(script.dataset).suffix, script.dataset
+    splits = load_dataset(LOADERS[suffix], data_files=name) if suffix in LOADERS else load_dataset(name)
     held_out = next((name for name in ("validation", "test") if name in splits), None)
     if held_out is None:
         return splits["train"].train_test_split(test_size=0.05, seed=0)
@@ -51,13 +47,17 @@ def main() -> None:
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
 
     def blocks(rows: dict) -> dict:
-        tokens = list(chain.from_iterable(tokenizer(text + "\n")["input_ids"] for text in rows[script.text_column]))
+        tokens = list(
+            chain.from_iterable(tokenizer((text or "") + "\n")["input_ids"] for text in rows[script.text_column])
+        )
         starts = range(0, len(tokens) - script.block_size + 1, script.block_size)
         return {"input_ids": [tokens[start : start + script.block_size] for start in starts]}
 
     splits = load_splits(script)
     with args.main_process_first(desc="tokenizing"):
         splits = splits.map(blocks, batched=True, batch_size=10_000, remove_columns=splits["train"].column_names)
+    if not len(splits["train"]) or not len(splits["test"]):
+        raise ValueError(f"The text is shorter than a block of {script.block_size} tokens; lower --block_size.")
     trainer = DistillationTrainer(
         model=script.student,
         teacher_model=script.teacher,

@@ -9,7 +9,7 @@ whose label is empty learn from the teacher alone. All options of TrainingArgume
 
 from dataclasses import dataclass, field
 
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, HfArgumentParser, set_seed
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments, compute_metrics_for
 from hf_distill.demo.corpus import load_corpus
@@ -45,8 +45,11 @@ def main() -> None:
     with args.main_process_first(desc="tokenizing"):
         train, test = (rows.map(tokenize, batched=True, remove_columns="text") for rows in (corpus.train, corpus.test))
     names = dict(enumerate(corpus.label_names))
-    if all(name.isdecimal() for name in corpus.label_names):  # numbers mean the teacher's labels in its order
+    if all(name.isdecimal() for name in corpus.label_names):  # numbers are the teacher's own
         names = AutoConfig.from_pretrained(script.teacher).id2label
+        if len(corpus.label_names) > len(names):
+            raise ValueError(f"The data has the label {corpus.label_names[-1]}, the teacher only {len(names)} labels.")
+    set_seed(args.seed)  # a new head is part of the run
     trainer = DistillationTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(
             script.student,

@@ -178,3 +178,13 @@ def test_the_demo_shows_what_distillation_gains(tmp_path):
     assert results.teacher.values("accuracy")[0] > 0.96
     assert accuracy[ALONE] < 0.80
     assert accuracy[DISTILLED] > 0.94
+
+
+def test_numeric_labels_are_the_classes_own_numbers_whatever_a_file_makes_of_them(tmp_path):
+    path = tmp_path / "texts.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},{'' if i % 4 == 0 else 1 + i % 3}\n" for i in range(40)))
+    corpus = load_corpus(str(path))
+    assert corpus.label_names == ("0", "1", "2", "3")  # no row has class 0
+    expected = {f"text {i}": None if i % 4 == 0 else 1 + i % 3 for i in range(40)}
+    for rows in (corpus.train, corpus.test):
+        assert {row["text"]: row["label"] for row in rows}.items() <= expected.items()

@@ -241,11 +241,6 @@ class TestNumbers:
 
 
 class TestArguments:
-    def test_the_trainer_takes_no_unknown_argument(self, tmp_path):
-        student, teacher = pair("bert")
-        with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
-            DistillationTrainer(student, arguments(tmp_path), teacher_model=teacher, alpha=0.5)
-
     def test_the_arguments_take_no_unknown_argument(self, tmp_path):
         with pytest.raises(TypeError, match="unexpected keyword argument 'alpha'"):
             arguments(tmp_path, alpha=0.5)

@@ -67,6 +67,17 @@ def _is_missing(label: object) -> bool:
     return label in (None, "", IGNORE_INDEX) or label != label  # NaN, as an empty cell among numbers is read
 
 
+def _class_number(label: Any) -> int | None:
+    """The class that a number, or a string of digits, stands for; empty cells make numbers floats."""
+    text = str(label).removesuffix(".0")
+    return int(text) if text.isdecimal() else None
+
+
+def _with_numbers(rows: Dataset, column: str) -> Dataset:
+    numbers = [None if _is_missing(label) else _class_number(label) for label in rows[column]]
+    return rows.remove_columns(column).add_column(column, numbers)
+
+
 def _read_snips(split: str) -> Dataset:
     packed = (files("hf_distill.demo") / "data" / "snips" / f"{split}.csv.gz").read_bytes()
     rows = list(csv.DictReader(gzip.decompress(packed).decode("utf-8").splitlines()))
@@ -92,7 +103,12 @@ def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str) 
         values, names = list(range(feature.num_classes)), tuple(feature.names)
     else:
         values = sorted({value for value in train[label_column] if not _is_missing(value)})
+        numbers = [number for number in map(_class_number, values) if number is not None]
         names = tuple(str(value) for value in values)
+        if numbers and len(numbers) == len(values):  # numbers are the classes' own, also where one has no row here
+            names = tuple(str(number) for number in range(max(numbers) + 1))
+            train, test = (_with_numbers(rows, label_column) for rows in (train, test))
+            values = [*range(len(names))]
     index_of: dict[Any, int] = {value: index for index, value in enumerate(values)}
 
     def indexed(rows: Dataset) -> Dataset:

@@ -30,7 +30,15 @@ def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) 
             f"teacher_model={name!r} is a name, but no Auto class builds models like the student "
             f"({type(task_model(student)).__name__}). Load the teacher yourself and pass the module."
         )
-    return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
+    loader = getattr(transformers, auto_class)
+    teacher, info = loader.from_pretrained(name, **kwargs, output_loading_info=True)
+    if info["missing_keys"]:
+        raise ValueError(
+            f"teacher_model={name!r} has no weights for {', '.join(sorted(info['missing_keys']))}: as "
+            f"{type(teacher).__name__} it would teach noise. Fine-tune it for the task first, or load it yourself and "
+            "pass the module."
+        )
+    return teacher
 
 
 def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) -> PreTrainedModel:
