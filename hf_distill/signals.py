@@ -1,11 +1,13 @@
 """The words the layers share: the task of a head, and what a teacher says about a batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from torch import Tensor
+
+from hf_distill.features import Feature
 
 
 class Task(str, Enum):
@@ -51,10 +53,50 @@ class TeacherOutput:
         logits: one tensor (batch, classes) or (batch, length, classes); for question answering two of
             (batch, length): the start and the end scores.
         overwritable: whether nobody else holds these tensors, so that a loss may write its gradient over them.
+        features: what was recorded inside the teacher, by its source: hidden states and module outputs as tensors,
+            attention layers as `models.capture.AttentionRecord`.
     """
 
     logits: tuple[Tensor, ...]
     overwritable: bool = False
+    features: Mapping[Feature, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores between all pairs of positions, as factors: softcap(left @ right^T * scale) + bias.
+
+    Attributes:
+        left: (batch, heads, queries, width).
+        right: (batch, heads, keys, width); heads as in `left`, or 1.
+        scale: multiplies the products.
+        bias: None or finite, broadcastable to (batch, heads, queries, keys), such as T5's position bias.
+        softcap: None or c in c * tanh(products / c), as in Gemma 2.
+        causal: whether a position only attends to itself and those before it.
+        sinks: None or (heads,), a score of one more key that takes probability and gives nothing (GPT-OSS).
+        allowed: None or bool, broadcastable to (batch, heads, queries, keys): what the model itself attends to.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float
+    bias: Tensor | None = None
+    softcap: float | None = None
+    causal: bool = False
+    sinks: Tensor | None = None
+    allowed: Tensor | None = None
+
+    @property
+    def heads(self) -> int:
+        """How many maps of scores there are."""
+        return self.left.shape[1]
+
+    def dense(self) -> Tensor:
+        """(batch, heads, queries, keys), nothing masked."""
+        scores = self.left @ self.right.transpose(-1, -2) * self.scale
+        if self.softcap is not None:
+            scores = self.softcap * (scores / self.softcap).tanh()
+        return scores if self.bias is None else scores + self.bias
 
 
 def read_logits(task: Task, outputs: Any) -> tuple[Tensor, ...]:

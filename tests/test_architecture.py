@@ -19,12 +19,12 @@ MAX_PUBLIC_NAMES = 20
 
 # A module may import from its own layer and from the layers before it. A new file of the package gets its place here.
 LAYERS = (
-    ("words", {"registry", "signals"}),
+    ("words", {"registry", "signals", "features"}),
     ("pure functions", {"losses", "schedules", "layer_mapping", "alignment", "metrics", "items"}),
     ("model surgery", {"models"}),
     ("sources and settings", {"temperature", "teachers", "config", "presets", "collator", "pairing"}),
-    ("composition", {"accounting", "batches", "objective", "task_loss", "fused_terms"}),
-    ("glue", {"arguments", "trainer", "callbacks", "checks", "dataset_checks", "setup", "evaluation", "step"}),
+    ("composition", {"accounting", "batches", "objective", "task_loss", "fused_terms", "matching"}),
+    ("glue", {"arguments", "trainer", "callbacks", "checks", "dataset_checks", "setup", "evaluation", "step", "stages"}),
     ("edges", {"cli", "demo"}),
 )
 LAYER_OF = {part: number for number, (_, parts) in enumerate(LAYERS) for part in parts}

@@ -19,15 +19,31 @@ LossFunction = TypeVar("LossFunction", bound=Callable[..., Tensor])
 
 
 @dataclass(frozen=True)
+class Reference:
+    """How a paper, or its authors' code, reduces a loss, where that is not this project's way.
+
+    Attributes:
+        items: `token_mean` over all items, or `sample_mean`: each sequence's own mean first.
+        pairs: whether a term over several layer pairs is their `sum` or their `mean`.
+    """
+
+    items: str = "token_mean"
+    pairs: str = "sum"
+
+
+@dataclass(frozen=True)
 class LossSpec:
     """One registered loss.
 
     Attributes:
         name: the name that configurations and logs use.
         function: (student, teacher, *, ...) -> (...,) float32 values.
-        feature: the signal that it compares, such as "logits".
-        item: what one of its values stands for, and so what its sum is divided by, such as "position".
+        feature: the signal that it compares: "logits", "hidden" (vectors), "attention" and "relation" (`Scores`),
+            "tokens" (the vectors of a sequence among each other), "batch" (those of the rows of a batch), "domain".
+        item: what one of its values stands for, and so what its sum is divided by: "position", "token", "pair",
+            "row" (of scores) or "sequence".
         paper: the source of the formula, as a model card should cite it.
+        reference: how the paper reduces it.
     """
 
     name: str
@@ -35,6 +51,7 @@ class LossSpec:
     feature: str
     item: str
     paper: str
+    reference: Reference = Reference()
 
     @property
     def takes_temperature(self) -> bool:
@@ -45,11 +62,13 @@ class LossSpec:
 LOSSES: Registry[LossSpec] = Registry("loss")
 
 
-def register_loss(name: str, *, feature: str, item: str, paper: str) -> Callable[[LossFunction], LossFunction]:
+def register_loss(
+    name: str, *, feature: str, item: str, paper: str, reference: Reference = Reference()
+) -> Callable[[LossFunction], LossFunction]:
     """A decorator that enters a function into `LOSSES` and returns it unchanged; arguments as in `LossSpec`."""
 
     def register(function: LossFunction) -> LossFunction:
-        LOSSES.register(name, LossSpec(name=name, function=function, feature=feature, item=item, paper=paper))
+        LOSSES.register(name, LossSpec(name, function, feature, item, paper, reference))
         return function
 
     return register

@@ -1,4 +1,4 @@
-"""The float64 twin of every registered loss, under the loss's name, written from the paper; imports nothing of ours.
+"""Twins of the losses on logits, the fused terms of a language model included.
 
 Each takes (..., classes) tensors and returns (...,) float64 values that torch can differentiate. The fused terms of a
 language model have their twin here too.

@@ -1,0 +1,1 @@
+"""Twins of the losses on hidden states, attention and relations between tokens."""
