@@ -75,7 +75,7 @@ def test_a_loss_with_a_temperature_keyword_says_so(empty_losses):
 
 
 def test_the_registered_names_are_the_public_ones():
-    assert LOSSES.names()[:3] == ("forward_kl", "binary_forward_kl", "logit_mse")
+    assert {"forward_kl", "binary_forward_kl", "logit_mse"} <= {*LOSSES.names()}
     with pytest.raises(ValueError, match="Did you mean 'forward_kl'"):
         LOSSES.get("foward_kl")
 

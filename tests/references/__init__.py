@@ -1,4 +1,4 @@
-"""The float64 twin of every registered loss, under the loss's name, written from the paper; imports nothing of ours."""
+"""The float64 twin of every registered loss, under its name, written from the paper; imports nothing of ours."""
 
 from tests.references.batches import *  # noqa: F403
 from tests.references.layers import *  # noqa: F403
