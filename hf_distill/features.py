@@ -81,7 +81,7 @@ def parse_feature(text: str) -> Feature:
     kind, index, pooling = match["kind"], match["layer"], _pooling(match["pooling"], text)
     if kind == "embeddings":
         if index is not None:
-            raise ValueError(f"{text!r}: the embeddings are one, without an index. hidden[i] is the output of layer i.")
+            raise ValueError(f"{text!r}: the embeddings have no index. hidden[i] is the output of layer i.")
         return Feature(HIDDEN, 0, stack=match["stack"], pooling=pooling)
     if kind != HIDDEN and (pooling or index == "0"):
         wrong = "cannot be pooled" if pooling else "has no layer 0: layers count from 1"
