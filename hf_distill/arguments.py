@@ -1,46 +1,107 @@
 """The flat face of the configuration: `TrainingArguments` with the fields of a distillation."""
 
+import copy
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
-from hf_distill.config import DistillationConfig, LogitTerm, TaskTerm
+from hf_distill.config import DistillationConfig, default_config, flat_values, read_map, with_flat_values, write_map
+from hf_distill.presets import load_preset
+
+_SOURCES = ("preset", "distillation_config")
+_FLAT = (
+    "task_weight",
+    "kd_weight",
+    "kd_loss",
+    "temperature",
+    "hidden_weight",
+    "hidden_loss",
+    "attention_weight",
+    "attention_loss",
+    "layer_mapping",
+)
+
+
+def _unless_given(help_text: str) -> Any:
+    """A field that `__post_init__` fills in where it is not given, so that later it reads as its annotation says."""
+    return field(default=None, metadata={"help": help_text})
 
 
 @dataclass
 class DistillationTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus what a distillation needs; every field is also a command-line option.
 
+    `preset` or `distillation_config` say what is minimised, and the flat fields change it; without either, the flat
+    fields are all. A flat field that is not given (None) is filled in with the number that counts.
+
     Raises:
-        ValueError: a negative weight, no weight at all, a temperature that is not positive, an unknown loss.
+        ValueError: a negative weight, no weight at all, a temperature that is not positive, an unknown loss or preset,
+            a preset beside a config, a loss or a map that no term reads.
     """
 
     _VALID_DICT_FIELDS = [  # noqa: RUF012 - as in TrainingArguments, where dataclass must not take it for a field
         *TrainingArguments._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
         "model_init_kwargs",
+        "distillation_config",
+        "layer_mapping",
     ]
 
-    task_weight: float = field(
-        default=0.5, metadata={"help": "Weight of the student's own loss on the labels. Weights are not normalised."}
-    )
-    kd_weight: float = field(
-        default=0.5,
-        metadata={"help": "Weight of the distance of the student's logits from the teacher's. 0: plain Trainer."},
-    )
-    kd_loss: str = field(
-        default="forward_kl",
+    preset: str | None = field(
+        default=None,
         metadata={
-            "help": "Distance of the logits: forward_kl (Hinton et al. 2015; multi-label heads take "
-            "binary_forward_kl, regression heads logit_mse in its place) or logit_mse."
+            "help": "A method from a paper by name, such as tinybert or minilmv2 (see hf_distill.presets). The other "
+            "fields of the distillation change it where they are given; its learning rate and epochs are not applied."
         },
     )
-    temperature: float = field(
-        default=2.0,
+    distillation_config: DistillationConfig | str | dict[str, Any] | None = field(
+        default=None,
         metadata={
-            "help": "T > 0 in softmax(logits / T) of teacher and student; the loss is multiplied by T squared, so "
-            "that its gradient stays comparable."
+            "help": "Every term in full: the path of a YAML or JSON file, or the same as JSON. It is read once, and "
+            "kept with the arguments. The other fields change it where they are given."
+        },
+    )
+    task_weight: float = _unless_given(
+        "Weight of the student's own loss on the labels, 0.5 unless a preset or a config has another. Weights are not "
+        "normalised."
+    )
+    kd_weight: float = _unless_given(
+        "Weight of the distance of the student's logits from the teacher's, 0.5 unless a preset or a config has "
+        "another. 0 everywhere but in task_weight: plain Trainer."
+    )
+    kd_loss: str = _unless_given(
+        "Distance of the logits: forward_kl (the default; Hinton et al. 2015; multi-label heads take "
+        "binary_forward_kl, regression heads logit_mse in its place) or logit_mse."
+    )
+    temperature: float = _unless_given(
+        "T > 0 in softmax(logits / T) of teacher and student, 2 unless a preset or a config has another; the loss is "
+        "multiplied by T squared, so that its gradient stays comparable."
+    )
+    hidden_weight: float = _unless_given(
+        "Weight of the distance of the hidden states, layer by layer (the match called hidden), 0 unless a preset or "
+        "a config has it. Where the widths differ, learned projections bridge them."
+    )
+    hidden_loss: str | None = field(
+        default=None,
+        metadata={"help": "Distance of the hidden states: hidden_mse unless given, or another such as hidden_cosine."},
+    )
+    attention_weight: float = _unless_given(
+        "Weight of the distance of the attention, layer by layer (the match called attention), 0 unless a preset or a "
+        "config has it."
+    )
+    attention_loss: str | None = field(
+        default=None,
+        metadata={
+            "help": "Distance of the attention: attention_mse of the scores unless given, or attention_kl or "
+            "attention_probs_mse of the probabilities."
+        },
+    )
+    layer_mapping: dict[str, Any] | str | list | None = field(
+        default=None,
+        metadata={
+            "help": "The teacher's layers for the student's, of hidden states and attention: uniform unless given, "
+            'uniform_last, last, first, skip, or pairs such as \'{"1": 3, "2": 6}\'.'
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(
@@ -61,15 +122,55 @@ class DistillationTrainingArguments(TrainingArguments):
                     f"{name} holds an access token, which would be saved and logged with the arguments. Set the "
                     "environment variable HF_TOKEN, or log in with `hf auth login`."
                 )
+        if self.distillation_config is not None:
+            # Plain values: they can be saved as JSON, and stay what was trained when the file changes.
+            self.distillation_config = DistillationConfig.load(self.distillation_config).to_dict()
+        if self.layer_mapping is not None:
+            self.layer_mapping = write_map(read_map(self.layer_mapping, "layer_mapping"))
         _ = self.distillation
+        self._check_readers()
 
     @property
     def distillation(self) -> DistillationConfig:
         """The checked terms these arguments stand for, as they are now: a hyperparameter search may change them."""
-        return DistillationConfig(
-            task=TaskTerm(weight=self.task_weight),
-            logits=LogitTerm(loss=self.kd_loss, weight=self.kd_weight, temperature=self.temperature),
-        )
+        now = [getattr(self, name) for name in (*_SOURCES, *_FLAT)]
+        before, config = self.__dict__.get("_compiled", (None, None))
+        if config is None or now != before:
+            config = self._compile()
+            self._compiled = (copy.deepcopy([getattr(self, name) for name in (*_SOURCES, *_FLAT)]), config)
+        return config
+
+    def _compile(self) -> DistillationConfig:
+        if self.preset is not None and self.distillation_config is not None:
+            raise ValueError(
+                f"preset={self.preset!r} beside a distillation_config: each says what is minimised. Drop one; "
+                f"load_preset({self.preset!r}).config().to_yaml() writes the preset down as a config to change."
+            )
+        base = default_config()
+        if self.preset is not None:
+            base = load_preset(self.preset).config()
+        elif self.distillation_config is not None:
+            base = DistillationConfig.load(self.distillation_config)
+        before, filled = self.__dict__.get("_filled", {}), {}
+        for name, value in flat_values(base).items():
+            # Also what was filled in for a preset that a search has since replaced by another.
+            if getattr(self, name) is None or (name in before and getattr(self, name) == before[name]):
+                filled[name] = value
+                setattr(self, name, value)
+        self._filled = filled
+        return with_flat_values(base, **{name: getattr(self, name) for name in _FLAT})
+
+    def _check_readers(self) -> None:
+        """Refuses a loss or a map that no term reads. A search that tries a weight of 0 may keep its loss."""
+        weights = {"hidden": self.hidden_weight, "attention": self.attention_weight}
+        for name, weight in weights.items():
+            if (loss := getattr(self, f"{name}_loss")) is not None and weight == 0:
+                raise ValueError(f"{name}_loss={loss!r}, but {name}_weight is 0, so nobody reads it. Set the weight.")
+        if self.layer_mapping is not None and not any(weights.values()):
+            raise ValueError(
+                f"layer_mapping={self.layer_mapping!r}, but hidden_weight and attention_weight are 0, so nobody reads "
+                "it. Set one of the weights."
+            )
 
 
 @dataclass
