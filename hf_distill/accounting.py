@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_distill.items import ROW_MASK, Items, batch_size, device_of
+from hf_distill.items import ROW_MASK, batch_size, device_of
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,8 @@ class StepCounts:
     """Items over the whole accumulation window and all ranks of one optimizer step: the divisors of its terms.
 
     Attributes:
-        counts: (5,) int64 on the training device, in the order of `Items.counts`.
+        counts: (5 + units,) int64 on the training device: in the order of `Items.counts`, then the units of the
+            matches between layers, in the order of their plan.
         world_scale: what a rank's share of a term is multiplied by, because DDP averages gradients over the ranks: the
             number of processes if `counts` is over all of them, else 1.
         single: whether the window is one micro-batch on one process, so that its own mean is the global mean.
@@ -27,9 +28,9 @@ class StepCounts:
     single: bool = False
 
     @classmethod
-    def of_window(cls, batches: Iterable[Items], accelerator: Accelerator, *, across_devices: bool) -> "StepCounts":
-        """The counts of a window of micro-batches, with one gather if there are several processes."""
-        counts = [items.counts() for items in batches]
+    def of_window(cls, batches: Iterable[Tensor], accelerator: Accelerator, *, across_devices: bool) -> "StepCounts":
+        """The counts of a window, of those of its micro-batches, with one gather if there are several processes."""
+        counts = [*batches]
         total = torch.stack(counts).sum(0)
         if accelerator.num_processes == 1:
             return cls(total, single=len(counts) == 1)
@@ -38,9 +39,9 @@ class StepCounts:
         return cls(accelerator.reduce(total, "sum"), world_scale=accelerator.num_processes)
 
     @classmethod
-    def of_batch(cls, items: Items) -> "StepCounts":
+    def of_batch(cls, counts: Tensor) -> "StepCounts":
         """The counts of one batch alone, as in evaluation."""
-        return cls(items.counts(), single=True)
+        return cls(counts, single=True)
 
     @property
     def task(self) -> tuple[Tensor, Tensor]:
@@ -61,6 +62,11 @@ class StepCounts:
     def rows(self) -> Tensor:
         """Rows, those that ranks repeat left out."""
         return self.counts[4]
+
+    @property
+    def units(self) -> Tensor:
+        """(units,) the items of the matches between layers."""
+        return self.counts[5:]
 
 
 def mark_repeated_rows(inputs: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:

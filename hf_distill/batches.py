@@ -1,7 +1,7 @@
 """One batch, taken apart: what the student reads, what the teacher reads, and which items count."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,12 +24,14 @@ class Batch:
         teacher: the teacher's inputs: its own columns where there are any, else the student's and what only it takes.
         items: what enters the terms.
         all_labelled: whether, as the host knows, no row is left out of the task loss.
+        extras: the columns that only matches between layers read: masks and domains.
     """
 
     student: dict[str, Any]
     teacher: dict[str, Any]
     items: Items
     all_labelled: bool
+    extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def labels(self) -> dict[str, Any]:
@@ -42,9 +44,11 @@ class Batch:
         return {name: value for name, value in self.student.items() if name not in TARGETS}
 
 
-def student_inputs(inputs: Mapping[str, Any], pair: ModelPair) -> dict[str, Any]:
+def student_inputs(
+    inputs: Mapping[str, Any], pair: ModelPair, extra_columns: frozenset[str] = frozenset()
+) -> dict[str, Any]:
     """Those of a batch's entries that the student's forward gets: nothing of the teacher's or of ours."""
-    apart = (*pair.teacher_only_inputs, LABEL_MASK, ROW_MASK)
+    apart = (*pair.teacher_only_inputs, *extra_columns, LABEL_MASK, ROW_MASK)
     return {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX) and name not in apart}
 
 
@@ -54,6 +58,7 @@ def split_batch(
     *,
     frames: Callable[[dict[str, Any]], Tensor],
     special_tokens: Tensor | None = None,
+    extra_columns: frozenset[str] = frozenset(),
 ) -> Batch:
     """Takes a collated batch apart.
 
@@ -62,10 +67,13 @@ def split_batch(
         pair: how the student and the teacher fit together.
         frames: makes the mask of a CTC model's output frames of its inputs; called for CTC only.
         special_tokens: (any,) ids that no label-free position may have.
+        extra_columns: columns that neither model reads.
 
     Raises:
         ValueError: the teacher has other tokens, and the batch no `teacher_*` columns for it to read.
     """
+    extras = {name: inputs[name] for name in sorted(extra_columns) if name in inputs}
+    inputs = {name: value for name, value in inputs.items() if name not in extras}
     own = {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX)}
     # A column like teacher_id, kept by remove_unused_columns=False, is no input.
     teacher_columns = {
@@ -96,6 +104,7 @@ def split_batch(
         teacher={**teacher_columns, **labels} if teacher_columns else own,
         items=items if rows is None else items.of_rows(rows),
         all_labelled=not mask,
+        extras=extras,
     )
 
 

@@ -34,12 +34,12 @@ def find_label(dataset: Any, task: Task, *, required: bool) -> Any | None:
     columns = label_columns(task)
     if dataset is None or not columns:
         return None
-    with _random_states_kept():
+    with random_states_kept():
         return _find_label(dataset, columns, required=required)
 
 
 @contextmanager
-def _random_states_kept() -> Iterator[None]:
+def random_states_kept() -> Iterator[None]:
     """A data set that augments its rows draws random numbers; looking at some must not change the training's."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):

@@ -11,6 +11,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput
 
 from hf_distill.accounting import TermMeter, mark_repeated_rows
 from hf_distill.batches import Batch, student_inputs
+from hf_distill.matching.plan import batch_columns
 from hf_distill.pairing import ModelPair
 
 if TYPE_CHECKING:  # the mixins call and override what a trainer class beside them has
@@ -39,6 +40,11 @@ class EvaluationMixin(TrainerBase):
     _pair: ModelPair
     split: Callable[[Mapping[str, Any]], Batch]
 
+    @property
+    def _extra_columns(self) -> frozenset[str]:
+        args: Any = self.args
+        return batch_columns(args.distillation.matches)
+
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # An evaluation before the training prepares the bare student, and accelerate (1.15) then takes it for one that
         # is prepared for training too: without DDP around it, each rank would train a model of its own, unnoticed.
@@ -60,7 +66,7 @@ class EvaluationMixin(TrainerBase):
     ) -> tuple[Tensor | None, Any, Any]:
         """Loss, logits and labels of one evaluation batch, as `Trainer` gives them; the sums go into the meter."""
         inputs = mark_repeated_rows(self._prepare_inputs(inputs), self.accelerator)
-        student = student_inputs(inputs, self._pair)
+        student = student_inputs(inputs, self._pair, self._extra_columns)
         generates = getattr(self.args, "predict_with_generate", False) and not prediction_loss_only
         # Text can be generated where there is no target for a loss, and nothing for a decoder to read.
         if not generates or {"labels", "decoder_input_ids"} & {*student}:

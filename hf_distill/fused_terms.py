@@ -7,9 +7,9 @@ from torch.nn import functional as F
 
 from hf_distill.accounting import StepCounts
 from hf_distill.batches import Batch
-from hf_distill.config import DistillationConfig
 from hf_distill.items import IGNORE_INDEX
 from hf_distill.losses.fused import cross_entropy_and_forward_kl
+from hf_distill.progress import ActiveTerms
 from hf_distill.signals import Task
 
 # Two ways to sum one cross-entropy agree better; a head that adds anything to it is further off.
@@ -29,7 +29,7 @@ class FusedTerms:
     def __init__(self) -> None:
         self.accepted: bool | None = None
 
-    def suits(self, task: Task, terms: DistillationConfig, batch: Batch) -> bool:
+    def suits(self, task: Task, terms: ActiveTerms, batch: Batch) -> bool:
         """Whether these terms of this batch may be fused, as far as the model's own loss does not forbid it."""
         return (
             self.accepted is not False
@@ -46,7 +46,7 @@ class FusedTerms:
         teacher_logits: Tensor,
         batch: Batch,
         counts: StepCounts,
-        terms: DistillationConfig,
+        terms: ActiveTerms,
         *,
         task: Task,
         overwrite_teacher: bool,

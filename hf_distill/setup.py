@@ -14,6 +14,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.batches import TARGETS
 from hf_distill.models.heads import task_model
+from hf_distill.progress import check_coverage
 from hf_distill.teachers import AdapterOffTeacher, LocalTeacher, Teacher, load_teacher
 
 
@@ -30,6 +31,7 @@ def check_arguments(args: TrainingArguments, expected: type[DistillationTraining
             "distillation's. Change the class name where you build it."
         )
     terms = args.distillation
+    check_coverage(terms)
     if args.world_size == 1 and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
             f"This is one of {os.environ['WORLD_SIZE']} launched processes, but the arguments make each train "

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from hf_distill.accounting import StepCounts, TermMeter
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.batches import Batch
-from hf_distill.config import DistillationConfig
 from hf_distill.evaluation import EvaluationMixin
 from hf_distill.fused_terms import FusedTerms
+from hf_distill.matching import LayerTerms
 from hf_distill.models.heads import decoder_inputs, problem_type, task_model
 from hf_distill.objective import agreement_sum, kd_sum
 from hf_distill.pairing import ModelPair
+from hf_distill.progress import ActiveTerms, terms_at
 from hf_distill.signals import Task, TeacherOutput, read_logits
 from hf_distill.task_loss import check_smoothing, is_sum, span_sums, task_loss
 from hf_distill.teachers import Teacher
@@ -28,6 +29,19 @@ class StepMixin(EvaluationMixin):
     _pair: ModelPair
     _meter: TermMeter
     _fused: FusedTerms
+    _layers: LayerTerms | None
+
+    def active_terms(self) -> ActiveTerms:
+        """The terms that are on at this step."""
+        progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
+        return terms_at(self.args.distillation, progress)
+
+    def count(self, batch: Batch) -> Tensor:
+        """(5 + units,) int64: the items of a batch, in the order of `StepCounts.counts`."""
+        items = batch.items.counts()
+        if self._layers is None or not self._layers.is_attached:
+            return items
+        return torch.cat([items, torch.stack(self._layers.counts(self.model, batch))])
 
     def compute_loss(
         self,
@@ -47,14 +61,17 @@ class StepMixin(EvaluationMixin):
         Returns: the loss, scalar; in evaluation the task loss alone, or None without labels.
         """
         loss: Tensor | None
-        terms = self.args.distillation
+        terms = self.active_terms()
         batch = self.split(inputs)
         teacher_output = None
-        if self.teacher is not None and (terms.logits.weight > 0 or not model.training):
-            teacher_output = self.teacher(batch.teacher)
+        if self.teacher is not None and (terms.need_teacher or not model.training):
+            records = model.training and self._layers is not None and bool(terms.matches)
+            # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
+            asked: dict[str, Any] = {"record": True} if records else {}
+            teacher_output = self.teacher(batch.teacher, **asked)
         if model.training:
             known = isinstance(num_items_in_batch, StepCounts)
-            counts = num_items_in_batch if known else StepCounts.of_batch(batch.items)
+            counts = num_items_in_batch if known else StepCounts.of_batch(self.count(batch))
             loss, outputs = self._training_loss(model, batch, counts, terms, teacher_output, fuse=not return_outputs)
         else:
             loss, outputs = self._evaluation_loss(model, batch, terms, teacher_output)
@@ -65,7 +82,7 @@ class StepMixin(EvaluationMixin):
         model: nn.Module,
         batch: Batch,
         counts: StepCounts,
-        terms: DistillationConfig,
+        terms: ActiveTerms,
         teacher_output: TeacherOutput | None,
         *,
         fuse: bool,
@@ -73,8 +90,9 @@ class StepMixin(EvaluationMixin):
         with_task = bool(batch.labels) and terms.task.weight > 0
         is_plain = self.label_smoother is None and self.compute_loss_func is None
         fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
-        outputs = model(**self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted)))
-        pairs = self._aligned(outputs, teacher_output)
+        arguments = self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted))
+        outputs, matched = self._forward(model, arguments, batch, counts, terms, teacher_output)
+        pairs = self._aligned(outputs, teacher_output) if terms.logits.weight > 0 else []
         result: tuple[Tensor, Tensor | None, Tensor | None] | None = None
         if fuse and teacher_output is not None:
             overwrite = teacher_output.overwritable
@@ -84,10 +102,40 @@ class StepMixin(EvaluationMixin):
         if result is None:
             result = self._terms_apart(outputs, pairs, batch, counts, terms)
         loss, task_share, kd_share = result
-        for name, share in (("loss_task", task_share), ("loss_kd", kd_share)):
+        weights = {match.name: match.weight for match in terms.matches}
+        if matched:
+            loss = torch.stack([loss, *(weights[name] * share for name, share in matched.items())]).sum()
+        for name, share in {"task": task_share, "kd": kd_share, **matched}.items():
             if share is not None:
-                self._meter.add(name, share * counts.world_scale)
+                self._meter.add(f"loss_{name}", share * counts.world_scale)
         return loss if counts.world_scale == 1 else loss * counts.world_scale, outputs
+
+    def _forward(
+        self,
+        model: nn.Module,
+        arguments: dict[str, Any],
+        batch: Batch,
+        counts: StepCounts,
+        terms: ActiveTerms,
+        teacher_output: TeacherOutput | None,
+    ) -> tuple[Any, dict[str, Tensor]]:
+        """The student's output, and its shares of the matches that are on."""
+        if self._layers is None or not terms.matches:
+            return model(**arguments), {}
+        masks = self._layers.masks(self.model, batch)
+        with self._layers.recording(terms.matches, masks):
+            recorded = model(**arguments, **self._layers.forward_arguments)
+        teacher_features = {} if teacher_output is None else teacher_output.features
+        shares = self._layers.shares(
+            terms.matches,
+            recorded["features"],
+            teacher_features,
+            batch,
+            masks,
+            counts.units,
+            epoch=int(self.state.epoch or 0),
+        )
+        return recorded["student"], shares
 
     def _terms_apart(
         self,
@@ -95,28 +143,27 @@ class StepMixin(EvaluationMixin):
         pairs: list[tuple[Tensor, Tensor]],
         batch: Batch,
         counts: StepCounts,
-        terms: DistillationConfig,
+        terms: ActiveTerms,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The weighted loss of a batch, and its shares of the terms before their weights."""
         weighted, task, kd = [], None, None
+        # 0 with a graph; 0 * (a sum of -inf) would be NaN. DDP waits for the head's gradient whatever the terms read.
+        nothing = read_logits(self._pair.task, outputs)[0][:0].sum()
         if terms.task.weight > 0:
-            if batch.labels:
-                task = self._task_loss(outputs, batch, counts)
-            else:  # still a number with a graph; 0 * (a sum of -inf) would be NaN
-                task = read_logits(self._pair.task, outputs)[0][:0].sum()
+            task = self._task_loss(outputs, batch, counts) if batch.labels else nothing
             weighted.append(task if terms.task.weight == 1 else terms.task.weight * task)
         if pairs:
             total = kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=self._problem_type(batch))
             kd = total / counts.kd.clamp(min=1)
             weighted.append(terms.logits.weight * kd)
-        return torch.stack(weighted).sum(), task, kd
+        return torch.stack(weighted or [nothing]).sum(), task, kd
 
     def _evaluation_loss(
-        self, model: nn.Module, batch: Batch, terms: DistillationConfig, teacher_output: TeacherOutput | None
+        self, model: nn.Module, batch: Batch, terms: ActiveTerms, teacher_output: TeacherOutput | None
     ) -> tuple[Tensor | None, Any]:
         """The task loss of a batch, with the sums of all metrics in the meter."""
         outputs = model(**self._student_arguments(batch, own_loss=bool(batch.labels)))
-        counts, kind = StepCounts.of_batch(batch.items), self._problem_type(batch)
+        counts, kind = StepCounts.of_batch(batch.items.counts()), self._problem_type(batch)
         task = self._task_loss(outputs, batch, counts) if batch.labels else None
         if task is not None:
             self._add_task_loss(task, outputs, batch, counts)

@@ -2,7 +2,9 @@
 
 import inspect
 import os
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +25,10 @@ from hf_distill.collator import TEACHER_PREFIX, DistillationCollator
 from hf_distill.dataset_checks import check_batch, find_label, label_filler
 from hf_distill.fused_terms import FusedTerms
 from hf_distill.items import LABEL_MASK
+from hf_distill.layer_setup import make_layer_terms
+from hf_distill.matching import LayerTerms
 from hf_distill.models.heads import frame_mask, input_names
+from hf_distill.models.modules import learning_rate_groups, load_modules, lost_keys, save_modules
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import (
     check_arguments,
@@ -79,6 +84,8 @@ class DistillationMixin(StepMixin):
             model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
         self._meter, self._eval_meter, self._windows = TermMeter(), TermMeter(), 0
         self._fused = FusedTerms()
+        self._layers: LayerTerms | None = None
+        self._term_steps: Counter[str] = Counter()
         self._teacher_tokenizer = teacher_processing_class
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False
@@ -106,6 +113,7 @@ class DistillationMixin(StepMixin):
             # The main process may make the batches of all (`dispatch_batches`, the default for streams).
             always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
+        self._plan_layers(self.model)
 
     def _pair_with(self, student: nn.Module) -> ModelPair:
         return pair_models(
@@ -121,7 +129,23 @@ class DistillationMixin(StepMixin):
         model = super().call_model_init(trial)
         if hasattr(self, "_pair"):
             self._pair, self._fused = self._pair_with(model), FusedTerms()
+            self._plan_layers(model)
         return model
+
+    def _plan_layers(self, student: nn.Module) -> None:
+        """Checks the terms between layers against both models, and makes ready what they need."""
+        if self._layers is not None:
+            self._layers.stop()
+        self._layers = make_layer_terms(self, student)
+
+    def _start_layers(self) -> None:
+        """Attaches the terms between layers; plans them anew if a hyperparameter search has changed them."""
+        terms = tuple(replace(match, weight=1.0) for match in self.args.distillation.matches if match.weight > 0)
+        planned = () if self._layers is None else tuple(match.term for match in self._layers.plan.matches)
+        if terms != tuple(replace(term, weight=1.0) for term in planned):
+            self._plan_layers(self.model)
+        if self._layers is not None:
+            self._layers.start(self.model)
 
     def _set_signature_columns_if_needed(self) -> None:
         if self._signature_columns is None:
@@ -129,15 +153,20 @@ class DistillationMixin(StepMixin):
             teacher_names = frozenset() if self.teacher is None else input_names(self.teacher.model)
             own = [*(TEACHER_PREFIX + name for name in sorted(teacher_names)), *sorted(self._pair.teacher_only_inputs)]
             columns: Any = self._signature_columns  # declared as None, whatever it holds
-            columns += [*own, LABEL_MASK]
+            columns += [*own, LABEL_MASK, *sorted(self._extra_columns)]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` and a hyperparameter search come here anew: nothing of the last try may be logged.
         self._meter.reset()
-        self._windows = 0
+        self._windows, self._term_steps = 0, Counter()
         check_arguments(self.args, self._arguments_class)
         check_teacher(self.teacher, self.args)
-        return super()._inner_training_loop(*args, **kwargs)
+        self._start_layers()
+        try:
+            return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            if self._layers is not None:
+                self._layers.stop()
 
     def split(self, inputs: Mapping[str, Any]) -> Batch:
         """A collated batch, taken apart into what the student reads, what the teacher reads, and which items count."""
@@ -146,6 +175,7 @@ class DistillationMixin(StepMixin):
             self._pair,
             frames=lambda student: frame_mask(self.model, student),
             special_tokens=self._special_tokens,
+            extra_columns=self._extra_columns,
         )
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Any]:
@@ -157,14 +187,47 @@ class DistillationMixin(StepMixin):
         if self._windows == 0 and not self._has_labels:
             check_batch(batches[0], self._pair.task, self.args.task_weight)
         counts = StepCounts.of_window(
-            [self.split(self._prepare_inputs(batch)).items for batch in batches],
+            [self.count(self.split(self._prepare_inputs(batch))) for batch in batches],
             self.accelerator,
             across_devices=self.args.average_tokens_across_devices,
         )
         self._windows += 1
+        terms = self.active_terms()
+        on = {"task": terms.task, "kd": terms.logits, **{match.name: match for match in terms.matches}}
+        self._term_steps.update(f"loss_{name}" for name, term in on.items() if term.weight > 0)
         self._meter.add("labelled", counts.labelled)
         self._meter.add("rows", counts.rows)
         return batches, counts
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """`Trainer`'s, in which projections have their own learning rate where one was asked for."""
+        known = self.optimizer
+        optimizer = super().create_optimizer(*args, **kwargs)
+        if self._layers is not None and self._layers.is_attached:
+            factors = {} if optimizer is known else self._layers.learning_rate_factors
+            learning_rate_groups(optimizer, self.model, factors)
+        return optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self._layers is not None:
+            save_modules(self.model, output_dir, is_main_process=self.args.should_save)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._start_layers()
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if self._layers is not None:
+            load_modules(self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._layers is not None and not self.args.save_only_model:
+            load_modules(self.model, self.state.best_model_checkpoint or "")
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        if self._layers is not None and isinstance(self.model, PreTrainedModel):
+            load_result = load_result._replace(missing_keys=lost_keys(self.model, load_result.missing_keys))
+        super()._issue_warnings_after_load(load_result)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> None:
         """Nothing: `get_batch_samples` counts every kind of item, with one gather."""
@@ -174,14 +237,14 @@ class DistillationMixin(StepMixin):
         """`Trainer.log`, with the terms beside the training loss: exact over micro-batches and ranks."""
         if "loss" in logs and self._windows > 0:
             totals = self._meter.totals(self.accelerator)
-            shares = {name: totals[name] for name in ("loss_task", "loss_kd") if name in totals}
-            steps = self._windows * self.accelerator.num_processes
-            logs |= {name: total / steps for name, total in shares.items()}
-            if "loss_kd" in shares:
-                logs["temperature"] = self.args.temperature
+            processes = self.accelerator.num_processes
+            steps = {name: number * processes for name, number in self._term_steps.items() if name in totals}
+            logs |= {name: totals[name] / number for name, number in steps.items()}
+            if "loss_kd" in steps:
+                logs["temperature"] = self.args.distillation.logits.temperature
             logs["labelled_fraction"] = totals["labelled"] / totals["rows"]
             self._meter.reset()
-            self._windows = 0
+            self._windows, self._term_steps = 0, Counter()
         super().log(logs, start_time)
 
 

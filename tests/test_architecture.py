@@ -23,8 +23,15 @@ LAYERS = (
     ("pure functions", {"losses", "schedules", "layer_mapping", "alignment", "metrics", "items"}),
     ("model surgery", {"models"}),
     ("sources and settings", {"temperature", "teachers", "config", "presets", "collator", "pairing"}),
-    ("composition", {"accounting", "batches", "objective", "task_loss", "fused_terms", "matching"}),
-    ("glue", {"arguments", "trainer", "callbacks", "checks", "dataset_checks", "setup", "evaluation", "step", "stages"}),
+    (
+        "composition",
+        {"accounting", "batches", "objective", "task_loss", "fused_terms", "gathering", "matching", "progress"},
+    ),
+    (
+        "glue",
+        {"arguments", "trainer", "layer_setup", "callbacks", "checks", "dataset_checks", "setup", "evaluation", "step"}
+        | {"stages", "stage_plan", "stage_runner", "lineage"},
+    ),
     ("edges", {"cli", "demo"}),
 )
 LAYER_OF = {part: number for number, (_, parts) in enumerate(LAYERS) for part in parts}

@@ -1,7 +1,15 @@
 """Where the teacher's signals come from. A teacher is anything that turns inputs into a `TeacherOutput`."""
 
-from hf_distill.teachers.base import Teacher
+from hf_distill.teachers.base import RecordingTeacher, Teacher
 from hf_distill.teachers.loading import load_student, load_teacher
-from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher
+from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher, in_eval_mode
 
-__all__ = ["AdapterOffTeacher", "LocalTeacher", "Teacher", "load_student", "load_teacher"]
+__all__ = [
+    "AdapterOffTeacher",
+    "LocalTeacher",
+    "RecordingTeacher",
+    "Teacher",
+    "in_eval_mode",
+    "load_student",
+    "load_teacher",
+]

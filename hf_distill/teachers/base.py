@@ -1,16 +1,20 @@
 """What the trainer asks of a teacher."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from hf_distill.features import Feature
 from hf_distill.signals import TeacherOutput
 
 
 class Teacher(Protocol):
-    """A source of teacher signals; the trainer cannot tell a forward pass from anything else behind it."""
+    """A source of teacher signals; the trainer cannot tell a forward pass from anything else behind it.
+
+    A teacher that can show what is inside it, and not only its logits, is a `RecordingTeacher` too.
+    """
 
     @property
     def model(self) -> nn.Module:
@@ -26,5 +30,24 @@ class Teacher(Protocol):
 
         Args:
             inputs: the batch as the teacher takes it; `labels` serve an encoder-decoder teacher to decode, no more.
+        """
+        ...
+
+
+class RecordingTeacher(Teacher, Protocol):
+    """A teacher that also gives hidden states and attention."""
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False) -> TeacherOutput:
+        """As `Teacher`; with `record` the output holds the features too that `prepare_recording` named."""
+        ...
+
+    def prepare_recording(self, features: Sequence[Feature]) -> None:
+        """Makes ready to record these features in calls that ask for it.
+
+        Args:
+            features: sources, each of one layer of one stack; none to leave the model as it was.
+
+        Raises:
+            ValueError: the model has no such feature.
         """
         ...

@@ -1,12 +1,14 @@
 """Teachers that run in this process: a frozen model, or a PEFT student's own base."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_distill.features import Feature
+from hf_distill.models.capture import Capture
 from hf_distill.models.heads import decoder_inputs, find_task, input_names, task_model
 from hf_distill.signals import Task, TeacherOutput, read_logits
 
@@ -28,19 +30,26 @@ class LocalTeacher:
         self._autocast = autocast
         self._task = find_task(model)
         self._names = input_names(model)
+        self._capture: Capture | None = None
 
     @property
     def model(self) -> nn.Module:
         """The teacher model."""
         return self._model
 
+    def prepare_recording(self, features: Sequence[Feature]) -> None:
+        """Makes ready to record these features; see `RecordingTeacher`."""
+        if self._capture is not None:
+            self._capture.close()
+        self._capture = Capture(self._model, features) if features else None
+
     def place(self, device: torch.device) -> None:
         """Moves the model to `device`, unless it was placed by a device map or holds quantised weights."""
         if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
             self._model.to(device)
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
-        """The logits of one forward over those of `inputs` that the model's forward names."""
+    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False) -> TeacherOutput:
+        """The logits of one forward over those of `inputs` that the model's forward names, and with `record` more."""
         arguments = {name: value for name, value in inputs.items() if name in self._names and name != "labels"}
         model = task_model(self._model)
         if self._model.training:  # whoever turned it on since: dropout would make its targets noise
@@ -49,10 +58,13 @@ class LocalTeacher:
             # Not of every encoder-decoder model: a classifier's labels are no text to decode.
             if self._task is Task.SEQ2SEQ_LM and "labels" in inputs and "decoder_input_ids" not in arguments:
                 arguments |= decoder_inputs(model, inputs["labels"])
-            options = {"use_cache": False} if "use_cache" in self._names else {}
-            with self._autocast():
+            options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._names else {}
+            capture = self._capture if record else None
+            with self._autocast(), nullcontext() if capture is None else capture.recording():
+                options |= {} if capture is None else capture.forward_arguments
                 outputs = self._model(**self._cast(arguments), **options)
-        return TeacherOutput(logits=read_logits(self._task, outputs), overwritable=True)
+                features = {} if capture is None else capture.collect(outputs)
+        return TeacherOutput(logits=read_logits(self._task, outputs), overwritable=True, features=features)
 
     def _cast(self, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         # Whisper in bfloat16 refuses float32 features.
@@ -76,6 +88,8 @@ class AdapterOffTeacher:
     ) -> None:
         self._student = student
         self._autocast = autocast
+        self._features: tuple[Feature, ...] = ()
+        self._recorder: LocalTeacher | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -85,15 +99,25 @@ class AdapterOffTeacher:
     def place(self, device: torch.device) -> None:
         """Nothing: the student is there already."""
 
-    def __call__(self, inputs: Mapping[str, Tensor]) -> TeacherOutput:
-        """The base's logits for a batch."""
+    def prepare_recording(self, features: Sequence[Feature]) -> None:
+        """Makes ready to record these features; see `RecordingTeacher`."""
+        if self._recorder is not None:
+            self._recorder.prepare_recording(())
+        self._features, self._recorder = tuple(features), None
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False) -> TeacherOutput:
+        """The base's logits for a batch, and with `record` its features."""
         student: Any = self._student()
-        with _in_eval_mode(student), student.disable_adapter():
-            return LocalTeacher(student, autocast=self._autocast)(inputs)
+        with in_eval_mode(student), student.disable_adapter():
+            if self._recorder is None or self._recorder.model is not student:
+                self._recorder = LocalTeacher(student, autocast=self._autocast)
+                if self._features:
+                    self._recorder.prepare_recording(self._features)
+            return self._recorder(inputs, record=record)
 
 
 @contextmanager
-def _in_eval_mode(model: nn.Module) -> Iterator[None]:
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode, and after it every module in the mode it had: a frozen part may be in evaluation by design."""
     training = [module for module in model.modules() if module.training]
     model.eval()

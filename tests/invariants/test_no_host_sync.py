@@ -3,12 +3,13 @@
 from collections import Counter
 
 import pytest
-import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
-from hf_distill.losses import row_gradient
+from hf_distill.losses import factored, row_gradient
+from tests import tiny
+from tests.invariants.test_layer_exactness import BATCH_SCOPED, ITEM_SCOPED, config, rows_of
 
 # What waits for a GPU: reading a number, and every operation whose output's shape depends on values.
 _SYNCHRONISING = (
@@ -52,19 +53,48 @@ def test_a_step_waits_for_the_device_no_more_than_its_models_do(name, partly_lab
     if partly_labelled:
         for key in {"labels", "start_positions", "end_positions"} & {*data[0]}:
             data[0][key] = torch.full_like(data[0][key], -100)
+    assert reads_of_a_step(student, teacher, data, tmp_path, monkeypatch) == {}
+
+
+LAYERS = [
+    ("bert", {"distillation_config": config(*ITEM_SCOPED, *BATCH_SCOPED)}),
+    ("bert-choices", {"hidden_weight": 1.0, "attention_weight": 1.0}),
+    ("llama", {"distillation_config": config(*ITEM_SCOPED)}),
+    ("t5", {"hidden_weight": 1.0, "attention_weight": 1.0}),
+    ("vit", {"hidden_weight": 1.0, "attention_weight": 1.0}),
+    ("whisper", {"hidden_weight": 1.0, "attention_weight": 1.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), LAYERS, ids=[name for name, _ in LAYERS])
+def test_terms_between_layers_wait_no_more_than_the_models_do(name, settings, tmp_path, monkeypatch):
+    student, teacher = tiny.pair(name)
+    data = rows_of(name, {"domain": "domain"} if name == "bert" else None)[:4]
+    assert reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings) == {}
+
+
+def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings):
+    """What a step of two micro-batches reads beyond the forwards of its two models."""
     args = DistillationTrainingArguments(
-        tmp_path, report_to="none", use_cpu=True, per_device_train_batch_size=2, gradient_accumulation_steps=2
+        tmp_path,
+        report_to="none",
+        use_cpu=True,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        **settings,
     )
     trainer = DistillationTrainer(student, args, teacher_model=teacher, train_dataset=data)
+    trainer._start_layers()
     batches = [*trainer.get_train_dataloader()]
     student.train()
     trainer.compute_loss(student, batches[1])  # the first batch decides, once a run, whether the terms may be fused
-    monkeypatch.setattr(row_gradient, "may_read", lambda tensor: False)  # as on a device
+    for module in (row_gradient, factored):
+        monkeypatch.setattr(module, "may_read", lambda tensor: False)  # as on a device
     teacher.config.use_cache = False  # as the step runs it; the masks of a model with a cache read less
     decodes = student.config.is_encoder_decoder
     with _Reads() as floor:
         for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name != "label_mask"}
+            inputs = {name: value for name, value in batch.items() if name not in ("label_mask", "domain")}
             student(**inputs)
             with torch.no_grad():
                 teacher(**{name: value for name, value in inputs.items() if decodes or name != "labels"})
@@ -72,4 +102,4 @@ def test_a_step_waits_for_the_device_no_more_than_its_models_do(name, partly_lab
         windows, counts = trainer.get_batch_samples(iter(batches), 2, args.device)
         for batch in windows:
             trainer.compute_loss(student, batch, num_items_in_batch=counts)
-    assert step.counts - floor.counts == {}
+    return step.counts - floor.counts

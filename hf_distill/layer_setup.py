@@ -1,0 +1,99 @@
+"""From the matches asked for to the terms of a training, refusing before the first step what cannot work."""
+
+from itertools import islice
+from typing import Any
+
+from torch import nn
+
+from hf_distill.batches import TARGETS
+from hf_distill.config import ALWAYS, MatchTerm
+from hf_distill.dataset_checks import random_states_kept
+from hf_distill.gathering import gather_rows
+from hf_distill.matching import LayerTerms, plan_layers
+from hf_distill.models.architectures import layerdrop
+from hf_distill.models.heads import decoder_inputs, task_model
+from hf_distill.signals import Task
+
+
+def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
+    """The terms between layers that a trainer's arguments ask for, or None.
+
+    Both models see the training set's first rows once, without a trace: so widths, heads and lengths are known, and
+    what does not fit is refused now.
+
+    Args:
+        trainer: a `DistillationTrainer` that is otherwise ready.
+        student: its student.
+
+    Raises:
+        ValueError: a match that cannot work, with the reason and the remedy.
+    """
+    terms = tuple(match for match in trainer.args.distillation.matches if match.weight > 0)
+    if not terms or trainer.train_dataset is None:
+        return None
+    teacher = trainer.teacher if any(term.asks_teacher for term in terms) else None
+    _check_models(trainer, student, terms)
+    batch = trainer.split(trainer._prepare_inputs(_first_batch(trainer)))
+    arguments = {name: value for name, value in batch.student.items() if name not in TARGETS}
+    if trainer._pair.task is Task.SEQ2SEQ_LM and "decoder_input_ids" not in arguments and "labels" in batch.labels:
+        arguments |= decoder_inputs(student, batch.labels["labels"])
+    plan = plan_layers(terms, student, teacher, batch, arguments)
+    return LayerTerms(
+        plan,
+        student,
+        teacher,
+        seed=trainer.args.seed,
+        special_tokens=trainer._special_tokens,
+        gather=lambda rows: gather_rows(rows, trainer.accelerator),
+        rank=trainer.accelerator.process_index,
+    )
+
+
+def _first_batch(trainer: Any) -> dict[str, Any]:
+    """The first rows of the training set as a batch; no random state is changed by looking at them."""
+    dataset = trainer.train_dataset
+    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+    with random_states_kept():
+        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+            rows = [dataset[index] for index in range(min(2, len(dataset)))]
+        else:
+            rows = list(islice(dataset, 2))
+        if not rows:
+            raise ValueError("train_dataset is empty: there is nothing to learn from.")
+        return collate(rows)
+
+
+def _check_models(trainer: Any, student: nn.Module, terms: tuple[MatchTerm, ...]) -> None:
+    teacher = trainer.teacher
+    asking = [term.name for term in terms if term.asks_teacher]
+    if asking and teacher is None:
+        raise ValueError(f"Match {asking[0]!r} compares the student's layers with a teacher's. Pass teacher_model=.")
+    if asking and not hasattr(teacher, "prepare_recording"):
+        raise ValueError(
+            f"The teacher, a {type(teacher).__name__}, gives logits only, and match {asking[0]!r} needs what is "
+            "inside it. Pass a model as teacher_model, or drop the match."
+        )
+    dropped = layerdrop(student)
+    if dropped > 0:
+        raise ValueError(
+            f"The student ({type(task_model(student)).__name__}) leaves out {dropped:.0%} of its layers at random "
+            "(layerdrop), so a layer's number means another layer at every step. Set layerdrop (encoder_layerdrop, "
+            "decoder_layerdrop) to 0 in the student's config."
+        )
+    windows = [term.name for term in terms if term.active != ALWAYS]
+    unused = trainer.args.ddp_find_unused_parameters
+    waits = trainer.args.activation_checkpointing if unused is None else not unused
+    if windows and waits and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            f"Match {windows[0]!r} is on in a part of the training only, and DDP would wait for the gradient of its "
+            "projections in the rest. Set ddp_find_unused_parameters=True."
+        )
+    attentive = [term.name for term in terms if term.student.is_attention]
+    if not attentive:
+        return
+    checkpointing = trainer.args.activation_checkpointing_kwargs or {}
+    if trainer.args.activation_checkpointing and checkpointing.get("use_reentrant", False):
+        raise ValueError(
+            f"Re-entrant activation checkpointing cuts the gradient of what is recorded inside a layer, so match "
+            f"{attentive[0]!r} would teach nothing. Set use_reentrant=False (the default)."
+        )

@@ -1,0 +1,5 @@
+"""Terms between the layers of a student and a teacher: planned once, recorded, projected, compared and reduced."""
+
+from hf_distill.matching.session import LayerTerms, plan_layers
+
+__all__ = ["LayerTerms", "plan_layers"]
