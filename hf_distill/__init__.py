@@ -17,6 +17,8 @@ _EXPORTS = {
     "logit_mse": "losses",
     "compute_metrics_for": "metrics",
     "load_metric": "metrics",
+    "Stage": "stages",
+    "run_stages": "stages",
 }
 
 __all__ = [
@@ -26,11 +28,13 @@ __all__ = [
     "DistillationTrainingArguments",
     "Seq2SeqDistillationTrainer",
     "Seq2SeqDistillationTrainingArguments",
+    "Stage",
     "binary_forward_kl",
     "compute_metrics_for",
     "forward_kl",
     "load_metric",
     "logit_mse",
+    "run_stages",
 ]
 
 if TYPE_CHECKING:
@@ -39,6 +43,7 @@ if TYPE_CHECKING:
     from hf_distill.config import DistillationConfig
     from hf_distill.losses import binary_forward_kl, forward_kl, logit_mse
     from hf_distill.metrics import compute_metrics_for, load_metric
+    from hf_distill.stages import Stage, run_stages
     from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 
 
