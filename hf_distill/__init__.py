@@ -19,6 +19,8 @@ _EXPORTS = {
     "load_metric": "metrics",
     "Stage": "stages",
     "run_stages": "stages",
+    "build_student": "models.student",
+    "trim_vocabulary": "models.student",
 }
 
 __all__ = [
@@ -30,11 +32,13 @@ __all__ = [
     "Seq2SeqDistillationTrainingArguments",
     "Stage",
     "binary_forward_kl",
+    "build_student",
     "compute_metrics_for",
     "forward_kl",
     "load_metric",
     "logit_mse",
     "run_stages",
+    "trim_vocabulary",
 ]
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from hf_distill.config import DistillationConfig
     from hf_distill.losses import binary_forward_kl, forward_kl, logit_mse
     from hf_distill.metrics import compute_metrics_for, load_metric
+    from hf_distill.models.student import build_student, trim_vocabulary
     from hf_distill.stages import Stage, run_stages
     from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 

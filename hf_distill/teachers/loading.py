@@ -4,9 +4,10 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_distill.models.heads import auto_class_name, task_model
+from hf_distill.models.loading import load_as_saved
 
 
 def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) -> PreTrainedModel:
@@ -23,7 +24,7 @@ def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) 
     """
     kwargs = {"dtype": "auto", **(init_kwargs or {})}
     if student is None:
-        return _load_as_saved(name, kwargs, argument="teacher_model")
+        return load_as_saved(name, kwargs, argument="teacher_model")
     auto_class = auto_class_name(student)
     if auto_class is None:
         raise ValueError(
@@ -58,19 +59,7 @@ def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) 
         if "num_labels" not in kwargs and "id2label" not in kwargs and _names_labels(auto_class):
             kwargs |= {"id2label": config.id2label, "label2id": config.label2id}
         return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
-    return _load_as_saved(name, kwargs, argument="model")
-
-
-def _load_as_saved(name: str, kwargs: dict[str, Any], *, argument: str) -> PreTrainedModel:
-    hub_names = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
-    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in hub_names if key in kwargs})
-    architecture = next(iter(config.architectures or ()), "")
-    if not hasattr(transformers, architecture):
-        raise ValueError(
-            f"{argument}={name!r} is a name, and its config does not say which head it has (architectures="
-            f"{config.architectures}). Load it yourself and pass the module."
-        )
-    return getattr(transformers, architecture).from_pretrained(name, **kwargs)
+    return load_as_saved(name, kwargs, argument="model")
 
 
 def _names_labels(auto_class: str) -> bool:

@@ -1,0 +1,43 @@
+"""`hf-distill`: one file a command, loaded when it is asked for; `--help` loads no torch."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+import hf_distill
+
+# Each is a module of this package with DESCRIPTION, `add_arguments(parser)` and `run(arguments)`, which itself imports
+# what is heavy.
+COMMANDS = ("student",)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = argparse.ArgumentParser(prog="hf-distill", description="Knowledge distillation for Transformers.")
+    parser.add_argument("--version", action="version", version=f"hf-distill {hf_distill.__version__}")
+    parser.add_argument("--debug", action="store_true", help="show where in the code an error came from")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = import_module(f"hf_distill.cli.{name}")
+        command = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns 0, 1 where it failed, or 2 (by argparse, which exits) where the arguments are wrong."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        arguments.run(arguments)
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if arguments.debug:
+            raise
+        print(f"hf-distill {arguments.command}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,30 @@
+"""Models given by name or path, in the class that they were saved from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PreTrainedModel
+
+_HUB_NAMES = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
+
+
+def load_as_saved(name: str, kwargs: Mapping[str, Any], *, argument: str) -> PreTrainedModel:
+    """The model of a Hub name or a folder, with the head that its config names.
+
+    Args:
+        name: a Hub name or a local folder.
+        kwargs: arguments of `from_pretrained`.
+        argument: what the caller's argument is called, for the error.
+
+    Raises:
+        ValueError: the config does not say which class of Transformers it was saved from.
+    """
+    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB_NAMES if key in kwargs})
+    architecture = next(iter(config.architectures or ()), "")
+    if not hasattr(transformers, architecture):
+        raise ValueError(
+            f"{argument}={name!r} is a name, and its config does not say which head it has (architectures="
+            f"{config.architectures}). Load it yourself and pass the module."
+        )
+    return getattr(transformers, architecture).from_pretrained(name, **kwargs)
