@@ -30,10 +30,16 @@ _TEACHER_LAYERS: dict[str, Callable[[int, int, int], int]] = {
 STATIC_MAPS = tuple(_TEACHER_LAYERS)
 DYNAMIC_MAPS = ("argmin", "attention", "emd", "random")
 EXPLICIT_MAP = "explicit"
+COPIED_MAP = "copied"  # read from the weights of both models, not from their depths
 
 # Every map by its name, with its kind: "static", "explicit" or "dynamic".
 MAPS: Registry[str] = Registry("layer map")
-for _kind, _names in (("static", STATIC_MAPS), (EXPLICIT_MAP, (EXPLICIT_MAP,)), ("dynamic", DYNAMIC_MAPS)):
+for _kind, _names in (
+    ("static", STATIC_MAPS),
+    (EXPLICIT_MAP, (EXPLICIT_MAP,)),
+    (COPIED_MAP, (COPIED_MAP,)),
+    ("dynamic", DYNAMIC_MAPS),
+):
     for _name in _names:
         MAPS.register(_name, _kind)
 

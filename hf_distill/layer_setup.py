@@ -37,8 +37,16 @@ def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
     arguments = {name: value for name, value in batch.student.items() if name not in TARGETS}
     if trainer._pair.task is Task.SEQ2SEQ_LM and "decoder_input_ids" not in arguments and "labels" in batch.labels:
         arguments |= decoder_inputs(student, batch.labels["labels"])
-    plan = plan_layers(terms, student, teacher, batch, arguments)
-    return LayerTerms(
+    plan = plan_layers(
+        terms,
+        student,
+        teacher,
+        batch,
+        arguments,
+        special_tokens=trainer._special_tokens,
+        other_tokens=trainer._pair.needs_teacher_inputs,
+    )
+    layers = LayerTerms(
         plan,
         student,
         teacher,
@@ -47,6 +55,9 @@ def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
         gather=lambda rows: gather_rows(rows, trainer.accelerator),
         rank=trainer.accelerator.process_index,
     )
+    layers.start(student)  # PEFT may refuse the modules
+    layers.stop()
+    return layers
 
 
 def _first_batch(trainer: Any) -> dict[str, Any]:

@@ -114,9 +114,8 @@ def test_an_unknown_map_is_refused_with_the_nearest_and_one_that_is_not_static_w
 
 def test_the_registry_knows_every_map_and_its_kind():
     kinds = {name: MAPS.get(name) for name in MAPS}
-    assert kinds == dict.fromkeys(STATIC_MAPS, "static") | {"explicit": "explicit"} | dict.fromkeys(
-        DYNAMIC_MAPS, "dynamic"
-    )
+    others = {"explicit": "explicit", "copied": "copied", **dict.fromkeys(DYNAMIC_MAPS, "dynamic")}
+    assert kinds == {**dict.fromkeys(STATIC_MAPS, "static"), **others}
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from hf_distill.config.checks import (
     did_you_mean,
     is_number,
 )
-from hf_distill.layer_mapping import DYNAMIC_MAPS, EXPLICIT_MAP, STATIC_MAPS
+from hf_distill.layer_mapping import DYNAMIC_MAPS, EXPLICIT_MAP, MAPS
 from hf_distill.losses import LOSSES
 
 
@@ -113,7 +113,8 @@ class LayerMap:
     """Which teacher layers a student layer learns from.
 
     Attributes:
-        strategy: by the depths (`uniform`, `uniform_last`, `last`, `first`, `skip`), `explicit`, or while training:
+        strategy: by the depths (`uniform`, `uniform_last`, `last`, `first`, `skip`), `copied` (each layer with the one
+            its weights came from), `explicit`, or while training:
             `argmin`, `attention` (ALP-KD), `emd` (BERT-EMD), `random` (RAIL-KD, anew for each epoch).
         pairs: (student layer, teacher layer), for `explicit` alone; negative ones count from the end.
         candidates: the teacher layers to choose from while training; none given: all of them.
@@ -126,7 +127,7 @@ class LayerMap:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice("strategy", self.strategy, (*STATIC_MAPS, EXPLICIT_MAP, *DYNAMIC_MAPS))
+        check_choice("strategy", self.strategy, MAPS)
         if bool(self.pairs) != (self.strategy == EXPLICIT_MAP):
             raise ValueError(
                 f"pairs={self.pairs!r} with strategy={self.strategy!r}: a list of layer pairs is an explicit map, and "

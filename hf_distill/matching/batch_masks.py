@@ -32,13 +32,14 @@ class BatchMasks:
     ) -> None:
         self._student, self._inputs, self._items = student, inputs, items
         self.extras, self._special = extras, special_tokens
-        self._made: dict[tuple[str, str | None], Tensor | None] = {}
+        self._made: dict[tuple[str, str | None, int | None], Tensor | None] = {}
 
     def real(self, stack: str | None) -> Tensor | None:
         """(sequences, length) bool: real positions, whatever row they are in; None where there is no padding."""
-        if ("real", stack) not in self._made:
-            self._made["real", stack] = real_positions(self._student, self._inputs, stack)
-        return self._made["real", stack]
+        key = ("real", stack, None)
+        if key not in self._made:
+            self._made[key] = real_positions(self._student, self._inputs, stack)
+        return self._made[key]
 
     def tokens(self, unit: Unit, length: int | None = None) -> Tensor | None:
         """(sequences, length) bool: the positions that enter a match.
@@ -47,16 +48,21 @@ class BatchMasks:
             unit: the match's unit over the stack.
             length: how many positions the features have; without it inputs without padding give None.
         """
-        key = (unit.mask, unit.stack)
+        real = self.real(unit.stack)
+        if real is None and length is None:
+            return None
+        # Layers that merge patches have other lengths than those before them.
+        key = (unit.mask, unit.stack, length if real is None else None)
         if key not in self._made:
-            real = self.real(unit.stack)
-            if real is None and length is None:
-                return None
             if real is None:
                 sequences = batch_size(self._inputs)
                 real = torch.ones(sequences, length or 0, dtype=torch.bool, device=device_of(self._inputs))
             self._made[key] = self._chosen(real, unit.mask)
         return self._made[key]
+
+    def pooled(self, unit: Unit, length: int) -> Tensor | None:
+        """(sequences, length) bool: the positions of which a pooled feature is made; None where all are."""
+        return self.real(unit.stack) if unit.mask == "tokens" else self.tokens(unit, length)
 
     def _chosen(self, real: Tensor, mask: str) -> Tensor:
         if self._items.rows is not None:

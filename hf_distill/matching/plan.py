@@ -14,7 +14,7 @@ from hf_distill.matching.masks import BATCH_MASK, real_positions
 from hf_distill.matching.resolve import Match, Pair, StackMatch, projection_name
 from hf_distill.models.capture import AttentionRecord
 from hf_distill.models.heads import task_model
-from hf_distill.models.positions import pool, regroup_heads, resample_positions
+from hf_distill.models.positions import pool, regroup_heads, resample_positions, stretch_frames
 
 Recorded = Mapping[Feature, Any]  # source -> hidden states (batch, length, width) or AttentionRecord
 
@@ -39,6 +39,15 @@ class Unit:
     def per_sequence(self) -> bool:
         """Whether a sequence's values are averaged before the sequences are."""
         return self.kind == "sequences"
+
+
+# A student's feature, its projection, and the mask by which it is pooled: matches that share all three share a tensor.
+StudentKey = tuple[Feature, str | None, str | None]
+
+
+def student_key(pair: Pair, unit: Unit) -> StudentKey:
+    """Where the student's side of a pair is found among the features of a forward."""
+    return (pair.student, pair.projection, unit.mask if pair.student.pooling is not None else None)
 
 
 @dataclass(frozen=True)
@@ -96,12 +105,24 @@ def is_image(model: nn.Module) -> bool:
     return getattr(task_model(model), "main_input_name", "") == "pixel_values"
 
 
-def resampled(teacher: Tensor, length: int, *, grid: bool) -> Tensor:
-    """(batch, length, width): the teacher's positions interpolated to the student's number."""
+def resampled(
+    teacher: Tensor, length: int, *, grid: bool, frames: Tensor | None = None, wanted: Tensor | None = None
+) -> Tensor:
+    """(batch, length, width): the teacher's positions interpolated to the student's number.
+
+    Args:
+        teacher: (batch, other length, width).
+        length: of the student's.
+        grid: whether positions are those of images.
+        frames: (batch, other length) bool, the teacher's real positions of sound; None where all are.
+        wanted: (batch, length) bool, the student's.
+    """
     if teacher.shape[1] == length:
         return teacher
     if not grid:
-        return resample_positions(teacher, length, grid=False)
+        if frames is None or wanted is None:
+            return resample_positions(teacher, length, grid=False)
+        return stretch_frames(teacher, frames, wanted)
     prefix, others = (number - isqrt(number) ** 2 for number in (length, teacher.shape[1]))
     if prefix != others:
         raise ValueError(
@@ -212,6 +233,12 @@ def _check_pair(
 def _check_attention(match: Match, pair: Pair, own: AttentionRecord, other: AttentionRecord) -> None:
     term = match.term
     names = (pair.student, pair.teacher)
+    lengths = own.query.shape[2], other.query.shape[2]
+    if lengths[0] != lengths[1]:
+        raise ValueError(
+            f"{names[0]} has {lengths[0]} positions, the teacher's {names[1]} {lengths[1]}, and maps of two sizes "
+            "share no entries. Compare hidden states with length: interpolate, or pooled(mean)@hidden[*]."
+        )
     if match.spec.feature == "relation":
         heads = _relation_heads(term, own, other)
         if heads is not None:

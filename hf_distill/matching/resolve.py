@@ -1,5 +1,6 @@
 """From a match as written to the layers it means in one student and one teacher."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -8,8 +9,9 @@ from torch import nn
 
 from hf_distill.config import MatchTerm
 from hf_distill.features import HIDDEN, MODULE, Feature
-from hf_distill.layer_mapping import explicit_pairs, layer_pairs, random_pairs
+from hf_distill.layer_mapping import COPIED_MAP, EXPLICIT_MAP, explicit_pairs, layer_pairs, random_pairs
 from hf_distill.losses.base import LOSSES, LossSpec
+from hf_distill.matching.copied import copied_layers, same_layers
 from hf_distill.models.architectures import depth, layer_stacks
 from hf_distill.models.heads import task_model
 
@@ -96,6 +98,11 @@ def resolve(term: MatchTerm, student: nn.Module, teacher: nn.Module | None) -> M
             raise ValueError("there is no teacher to compare the student's layers with. Pass teacher_model=.")
         else:
             stacks = [_stack_match(term, student, teacher, *names) for names in _stack_pairs(term, student, teacher)]
+        if term.map.strategy == "attention" and spec.feature != "hidden":
+            raise ValueError(
+                f"map attention (ALP-KD) mixes the teacher's vectors of a text, and {term.loss} compares relations "
+                "between texts. Take a loss of hidden features, such as hidden_mse, or another map."
+            )
         if not any(stack.pairs for stack in stacks):
             raise ValueError("its layer map leaves nothing to compare. Name the pairs: map: {1: 3, 2: 6}.")
     except ValueError as error:
@@ -164,7 +171,13 @@ def _stack_match(
         if other.kind == MODULE or other.layer is not None:
             pair = Pair(_fixed(own, student, student_stack), _fixed(other, teacher, teacher_stack))
             return StackMatch(student_stack, (pair,))
-    pairs = _mapped(term, depth(student, student_stack), depth(teacher, teacher_stack))
+    if term.map.strategy == COPIED_MAP:
+        found = copied_layers(student, teacher, student_stack, teacher_stack)
+        embeddings = {0: 0} if own.kind == HIDDEN else {}
+        pairs = _of_layer(own, [*(embeddings | found).items()], len(found))
+    else:
+        pairs = _mapped(term, depth(student, student_stack), depth(teacher, teacher_stack))
+        _warn_of_copies(term, pairs, same_layers(student, teacher, student_stack, teacher_stack))
     return StackMatch(
         student_stack, tuple(Pair(own.at(s, student_stack), other.at(t, teacher_stack)) for s, t in pairs)
     )
@@ -188,14 +201,32 @@ def _mapped(term: MatchTerm, student_depth: int, teacher_depth: int) -> list[tup
         if term.map.strategy == "random":
             random_pairs(students, teachers, epoch=0, seed=term.map.seed)  # refuses too few candidates now
         pairs = list(product(students, teachers))
-    elif term.map.strategy == "explicit":
+    elif term.map.strategy == EXPLICIT_MAP:
         pairs = list(explicit_pairs(term.map.pairs or (), **depths, with_embeddings=embeddings))
     else:
         pairs = list(layer_pairs(term.map.strategy, **depths, with_embeddings=embeddings))
-    if term.student.layer is None:
+    return _of_layer(term.student, pairs, student_depth)
+
+
+def _of_layer(student: Feature, pairs: list[tuple[int, int]], depth: int) -> list[tuple[int, int]]:
+    """Those of the pairs that are of the student's layer, if the reference names one."""
+    if student.layer is None:
         return pairs
-    own = _layer(term.student, student_depth)
-    return [(first, second) for first, second in pairs if first == own]
+    own = _layer(student, depth)
+    return [pair for pair in pairs if pair[0] == own]
+
+
+def _warn_of_copies(term: MatchTerm, pairs: list[tuple[int, int]], same: Mapping[int, int]) -> None:
+    """Warns of a map that leads copied layers away from where they came from."""
+    led_away = [(own, other) for own, other in pairs if own in same and same[own] != other]
+    if led_away and not term.map.is_dynamic and term.map.strategy != EXPLICIT_MAP:
+        own, other = led_away[0]
+        warnings.warn(
+            f"Match {term.name!r}: layer {own} of the student is a copy of the teacher's layer {same[own]}, but by "
+            f"the map {term.map.strategy!r} it learns from layer {other}. layer_mapping='copied' pairs copies with "
+            "their originals.",
+            stacklevel=2,
+        )
 
 
 def projection_name(term: MatchTerm, pair: Pair, *, dynamic: bool) -> str:

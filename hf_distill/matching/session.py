@@ -2,10 +2,10 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from zlib import crc32
 
-import torch
 from torch import Tensor, nn
 
 from hf_distill.batches import Batch
@@ -13,13 +13,12 @@ from hf_distill.config import MatchTerm
 from hf_distill.features import Feature
 from hf_distill.matching.batch_masks import BatchMasks
 from hf_distill.matching.masks import real_positions
-from hf_distill.matching.plan import Plan, is_image, make_plan, pooled
-from hf_distill.matching.resolve import resolve
-from hf_distill.matching.terms import MatchContext, match_share
+from hf_distill.matching.plan import Plan, StudentKey, as_sequence, is_image, pooled, student_key
+from hf_distill.matching.terms import MatchContext, StudentFeatures, match_share
 from hf_distill.models.capture import Capture
 from hf_distill.models.modules import DistillationModules, StudentHook, attach, detach
 from hf_distill.models.projections import make_projection
-from hf_distill.teachers import RecordingTeacher, in_eval_mode
+from hf_distill.teachers import RecordingTeacher
 
 
 class LayerTerms:
@@ -120,20 +119,23 @@ class LayerTerms:
         finally:
             self._masks = None
 
-    def _student_features(self, outputs: Any) -> dict[tuple[Feature, str | None], Any]:
+    def _student_features(self, outputs: Any) -> dict[StudentKey, Any]:
         """What the matches take of the student; runs inside its forward."""
         assert self._capture is not None
         assert self._masks is not None
         recorded, masks = self._capture.collect(outputs), self._masks
-        features: dict[tuple[Feature, str | None], Any] = {}
-        matches = [match for match in self.plan.matches if match.term.name in self._names]
-        for pair in (pair for match in matches for stack in match.stacks for pair in stack.pairs):
-            key = (pair.student, pair.projection)
+        features: dict[StudentKey, Any] = {}
+        matches = zip(self.plan.matches, self.plan.units, strict=True)
+        wanted = (zip(match.stacks, units, strict=True) for match, units in matches if match.term.name in self._names)
+        for pair, unit in ((pair, unit) for stacks in wanted for stack, unit in stacks for pair in stack.pairs):
+            key = student_key(pair, unit)
             if key in features:
                 continue
             feature = recorded[pair.student.source]
             if isinstance(feature, Tensor):
-                tokens = None if pair.student.pooling is None else masks.real(pair.student.stack)
+                feature = as_sequence(feature)
+                pools = pair.student.pooling is not None and feature.dim() > 2
+                tokens = masks.pooled(unit, feature.shape[1]) if pools else None
                 feature = pooled(feature, tokens, pair.student)
                 if pair.projection is not None:
                     feature = self.modules[pair.projection](feature)
@@ -143,7 +145,7 @@ class LayerTerms:
     def shares(
         self,
         terms: tuple[MatchTerm, ...],
-        features: Mapping[tuple[Feature, str | None], Any],
+        features: StudentFeatures,
         teacher_features: Mapping[Feature, Any],
         batch: Batch,
         masks: BatchMasks,
@@ -165,6 +167,7 @@ class LayerTerms:
         assert self._student is not None
         teacher = self._teacher
 
+        @cache
         def teacher_tokens(stack: str | None) -> Tensor | None:
             return None if teacher is None else real_positions(teacher.model, batch.teacher, stack)
 
@@ -185,45 +188,6 @@ class LayerTerms:
             for match, units in zip(self.plan.matches, self.plan.units, strict=True)
             if match.term.name in names
         }
-
-
-def plan_layers(
-    terms: tuple[MatchTerm, ...],
-    student: nn.Module,
-    teacher: RecordingTeacher | None,
-    batch: Batch,
-    student_arguments: Mapping[str, Any],
-) -> Plan:
-    """The plan of a training's matches, from one small batch through both models.
-
-    Args:
-        terms: the matches.
-        student: the student.
-        teacher: the teacher, or None.
-        batch: a batch, such as the first row.
-        student_arguments: what the student's forward takes of it.
-
-    Raises:
-        ValueError: a match that cannot work, with its name, the reason and the remedy.
-    """
-    model = None if teacher is None else teacher.model
-    matches = [resolve(term, student, model) for term in terms]
-    teacher_sources = tuple(dict.fromkeys(source for match in matches for source in match.teacher_sources))
-    teacher_recorded: Mapping[Feature, Any] = {}
-    if teacher is not None and teacher_sources:
-        teacher.prepare_recording(teacher_sources)
-        try:
-            teacher_recorded = teacher(batch.teacher, record=True).features
-        finally:
-            teacher.prepare_recording(())
-    capture = Capture(student, tuple(dict.fromkeys(s for match in matches for s in match.student_sources)))
-    try:
-        with in_eval_mode(student), torch.no_grad(), capture.recording():
-            outputs = student(**student_arguments, **capture.forward_arguments)
-            student_recorded = capture.collect(outputs)
-    finally:
-        capture.close()
-    return make_plan(matches, student, student_recorded, teacher_recorded, {**batch.student, **batch.labels})
 
 
 def _make_modules(plan: Plan, student: nn.Module, seed: int) -> DistillationModules:

@@ -11,7 +11,16 @@ from hf_distill.features import Feature
 from hf_distill.layer_mapping import attend, ordered_argmin, random_pairs, transport
 from hf_distill.losses.factored import scores_kl_rows, scores_mse_rows
 from hf_distill.matching.batch_masks import BatchMasks, per_sequence
-from hf_distill.matching.plan import Unit, _regrouped, _relation_heads, pooled, resampled
+from hf_distill.matching.plan import (
+    StudentKey,
+    Unit,
+    _regrouped,
+    _relation_heads,
+    as_sequence,
+    pooled,
+    resampled,
+    student_key,
+)
 from hf_distill.matching.resolve import Match, Pair
 from hf_distill.models.capture import AttentionRecord
 from hf_distill.models.positions import regroup_heads
@@ -24,8 +33,8 @@ _FACTORED = {
     "minilm_values": scores_kl_rows,
     "minilmv2_relations": scores_kl_rows,
 }
-# A pair's student feature as the loss takes it: pooled, projected. The projection tells apart what shares a feature.
-StudentFeatures = Mapping[tuple[Feature, str | None], Any]
+# A pair's student feature as the loss takes it: pooled, projected.
+StudentFeatures = Mapping[StudentKey, Any]
 
 
 @dataclass(frozen=True)
@@ -75,7 +84,7 @@ def match_share(match: Match, units: tuple[Unit, ...], counts: list[Tensor], con
 
 def _pair_rows(match: Match, pair: Pair, unit: Unit, context: MatchContext, teacher: Tensor | None = None) -> Tensor:
     """(sequences,) float32: a pair's values summed over each sequence's items, or averaged if the unit says so."""
-    student = context.student[pair.student, pair.projection]
+    student = context.student[student_key(pair, unit)]
     kind = match.spec.feature
     if kind in ("attention", "relation"):
         assert pair.teacher is not None
@@ -83,7 +92,7 @@ def _pair_rows(match: Match, pair: Pair, unit: Unit, context: MatchContext, teac
     if kind in ("batch", "domain"):
         return _batch_rows(match, pair, unit, context, student)
     if teacher is None:
-        teacher = _teacher_feature(pair, unit, context, student)
+        teacher = _teacher_feature(match, pair, unit, context, student)
     options = dict(match.term.options)
     if student.dim() == 2:
         values = match.spec.function(student, teacher, **options)
@@ -113,23 +122,24 @@ def _tokens(unit: Unit, context: MatchContext, length: int) -> Tensor:
     return tokens
 
 
-def _teacher_feature(pair: Pair, unit: Unit, context: MatchContext, student: Tensor) -> Tensor:
+def _teacher_feature(match: Match, pair: Pair, unit: Unit, context: MatchContext, student: Tensor) -> Tensor:
     assert pair.teacher is not None
     recorded = context.teacher[pair.teacher.source].to(student.device)
     if pair.teacher.pooling is not None:
-        return pooled(recorded, _teacher_tokens(pair, context, recorded), pair.teacher)
+        if unit.mask == "tokens" or recorded.dim() == 2:
+            return pooled(recorded, context.teacher_tokens(pair.teacher.stack), pair.teacher)
+        return pooled(recorded, context.masks.pooled(unit, as_sequence(recorded).shape[1]), pair.teacher)
     features = pooled(recorded, None, pair.teacher)
-    if student.dim() == 3 and features.shape[1] != student.shape[1]:
-        features = resampled(features, student.shape[1], grid=context.grid)
-    return features
-
-
-def _teacher_tokens(pair: Pair, context: MatchContext, recorded: Tensor) -> Tensor | None:
-    assert pair.teacher is not None
-    own = context.masks.real(pair.student.stack)
-    if own is not None and own.shape == recorded.shape[:2]:
-        return own
-    return context.teacher_tokens(pair.teacher.stack)
+    if student.dim() < 3 or features.shape[1] == student.shape[1]:
+        return features
+    if match.term.length != "interpolate":
+        raise ValueError(
+            f"Match {match.term.name!r}: in this batch {pair.student} has {student.shape[1]} positions, the teacher's "
+            f"{pair.teacher} {features.shape[1]}; in the first rows they had as many. Give both models the same "
+            "tokens, or compare pooled(mean)@hidden[*]."
+        )
+    frames, wanted = context.teacher_tokens(pair.teacher.stack), context.masks.real(pair.student.stack)
+    return resampled(features, student.shape[1], grid=context.grid, frames=frames, wanted=wanted)
 
 
 def _score_rows(
@@ -202,7 +212,7 @@ def _batch_rows(match: Match, pair: Pair, unit: Unit, context: MatchContext, stu
         assert match.term.domain is not None
         options["target_rows"] = gather(context.masks.domain(match.term.domain, own_rows))
     else:
-        arguments.append(gather(_teacher_feature(pair, unit, context, student)))
+        arguments.append(gather(_teacher_feature(match, pair, unit, context, student)))
     all_valid = gather(valid)
     values = match.spec.function(*arguments, valid=all_valid, **options)
     values = torch.where(all_valid, values, 0.0)
@@ -240,8 +250,8 @@ def _dynamic(match: Match, pairs: tuple[Pair, ...], unit: Unit, context: MatchCo
 def _attended(match: Match, by_student: list[list[Pair]], unit: Unit, context: MatchContext) -> Tensor:
     """Each student layer against its own mixture of the teacher's layers."""
     firsts = [pairs[0] for pairs in by_student]
-    students = torch.stack([context.student[pair.student, pair.projection] for pair in firsts])
-    teachers = torch.stack([_teacher_feature(pair, unit, context, students[0]) for pair in by_student[0]])
+    students = torch.stack([context.student[student_key(pair, unit)] for pair in firsts])
+    teachers = torch.stack([_teacher_feature(match, pair, unit, context, students[0]) for pair in by_student[0]])
     shape = students.shape[:-1]
     mixed = attend(students.flatten(1, -2), teachers.to(students.dtype).flatten(1, -2))
     mixed = mixed.reshape(*shape, mixed.shape[-1])

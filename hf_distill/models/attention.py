@@ -69,7 +69,7 @@ class AttentionRecord:
         if unknown := [name for name, value in self.options.items() if name in consumed and value is not None]:
             raise ValueError(
                 f"The attention scores of {type(self.module).__name__} also depend on {', '.join(unknown)}, beyond "
-                "queries, keys, scale, position bias, softcap and sinks. Match attention_probs of this model instead."
+                "queries, keys, scale, position bias, softcap and sinks. Match hidden[i] of this model instead."
             )
         heads, kv_heads = self.query.shape[1], self.key.shape[1]
         scale = self.options.get("scaling")

@@ -60,11 +60,11 @@ def stretch_frames(features: Tensor, frames: Tensor, wanted: Tensor) -> Tensor:
     place = torch.minimum(place.clamp(min=0), last)
     before = place.floor().long()
     after = torch.minimum(before + 1, last)
-    ends = [
+    start, end = (
         features.gather(1, (first + index).unsqueeze(-1).expand(-1, -1, features.shape[2]))
         for index in (before, after)
-    ]
-    return torch.lerp(*ends, (place - before).unsqueeze(-1).to(features.dtype))
+    )
+    return torch.lerp(start, end, (place - before).unsqueeze(-1).to(features.dtype))
 
 
 def regroup_heads(features: Tensor, relation_heads: int) -> Tensor:

@@ -146,7 +146,7 @@ def test_gradients_of_near_equal_scores_are_as_exact_as_their_difference(fused, 
     sums, *gradients = run(fused, case)
     expected, *expected_gradients = run(dense(fused), case.to(torch.float64))
     # Scores are of size 1 and exact to 1e-7 each; a divergence is the square of the noise, from terms of its size.
-    torch.testing.assert_close(sums.double(), expected, rtol=1e-4, atol=1e-6 * 80 if fused is scores_kl_rows else 0.0)
+    torch.testing.assert_close(sums.double(), expected, rtol=3e-4, atol=1e-6 * 80 if fused is scores_kl_rows else 0.0)
     for gradient, exact in zip(gradients, expected_gradients, strict=True):
         assert (gradient - exact).norm() <= 3e-6 / noise * exact.norm()
 
@@ -235,7 +235,7 @@ def test_one_factor_alone_may_want_a_gradient(fused, factor):
     sums.sum().backward()
     torch.testing.assert_close(case.student[factor].grad, expected)
     assert case.student[1 - factor].grad is None
-    assert operations.counts["aten::baddbmm_"] == 1
+    assert operations.counts["aten::baddbmm_"] == len(case.real)
 
 
 @both_losses

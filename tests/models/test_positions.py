@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_distill.models.positions import pool, regroup_heads, resample_mask, resample_positions
+from hf_distill.models.positions import pool, regroup_heads, resample_positions
 
 
 def normal(*shape, seed=0):
@@ -76,23 +76,6 @@ def test_resampled_features_have_the_gradient_of_the_interpolation():
     features = normal(2, 10, 3).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: resample_positions(x, 17, prefix=1, grid=True), features)
     assert torch.autograd.gradcheck(lambda x: resample_positions(x, 4, prefix=1, grid=False), features)
-
-
-@pytest.mark.parametrize(("length", "new_length"), [(7, 13), (13, 7), (50, 25), (99, 50)])
-def test_a_resampled_frame_is_real_where_no_masked_frame_has_a_part_in_it(length, new_length):
-    for count in range(length + 1):
-        mask = torch.arange(length) < count
-        actual = resample_mask(mask[None], new_length, grid=False)
-        sources = [{math.floor(at + 1e-6), math.ceil(at - 1e-6)} for at in centres(length, new_length)]
-        assert actual[0].tolist() == [all(bool(mask[i]) for i in both) for both in sources]
-        masked_share = resample_positions((~mask).float()[None, :, None], new_length, grid=False)
-        assert (masked_share[actual] < 1e-5).all()
-
-
-def test_a_mask_of_patches_keeps_its_special_positions():
-    mask = torch.tensor([[True, False] + [True] * 16, [False, True] + [True] * 14 + [False] * 2])
-    actual = resample_mask(mask, 2 + 9, prefix=2, grid=True)
-    assert actual.tolist() == [[True, False] + [True] * 9, [False, True] + [True] * 7 + [False] * 2]
 
 
 @pytest.mark.parametrize("relation_heads", [1, 2, 3, 4, 6, 12, 24])
