@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.utils.data import IterableDataset
 
 from hf_distill.batches import TARGETS
 from hf_distill.collator import LABEL_COLUMNS, SPAN_COLUMNS, is_missing
@@ -42,10 +43,12 @@ def find_label(dataset: Any, task: Task, *, required: bool) -> Any | None:
 def random_states_kept() -> Iterator[None]:
     """A data set that augments its rows draws random numbers; looking at some must not change the training's."""
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
-        yield
-    random.setstate(python)
-    np.random.set_state(numpy)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 def _find_label(dataset: Any, columns: tuple[str, ...], *, required: bool) -> Any | None:
@@ -68,13 +71,19 @@ def _find_label(dataset: Any, columns: tuple[str, ...], *, required: bool) -> An
     return None
 
 
+def is_indexed(dataset: Any) -> bool:
+    """Whether a data set's rows can be had by their number."""
+    # torch's IterableDataset has a __getitem__ too, which only raises, and may have a length.
+    return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
+
+
 def _rows(dataset: Any, columns: tuple[str, ...]) -> Iterable[Any]:
     names = getattr(dataset, "column_names", None) or []
     present = [name for name in columns if name in names]
     if present and hasattr(dataset, "select_columns"):
         # Decodes no image or sound, and runs no transform, which would look for the other columns.
         dataset = dataset.select_columns(present).with_format(None)
-    if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
+    if is_indexed(dataset):
         return (dataset[i] for i in range(min(len(dataset), _ROWS_LOOKED_AT)))
     rows = iter(dataset)
     # Rows that can be read but once are for training.

@@ -10,9 +10,11 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
 
 from hf_distill.accounting import TermMeter, mark_repeated_rows
-from hf_distill.batches import Batch, student_inputs
+from hf_distill.batches import TARGETS, Batch, student_inputs
 from hf_distill.matching.plan import batch_columns
+from hf_distill.models.heads import input_names
 from hf_distill.pairing import ModelPair
+from hf_distill.teachers import Teacher
 
 if TYPE_CHECKING:  # the mixins call and override what a trainer class beside them has
     from transformers import Trainer as TrainerBase
@@ -38,12 +40,18 @@ class EvaluationMixin(TrainerBase):
 
     _eval_meter: TermMeter
     _pair: ModelPair
+    teacher: Teacher | None
     split: Callable[[Mapping[str, Any]], Batch]
 
     @property
     def _extra_columns(self) -> frozenset[str]:
         args: Any = self.args
-        return batch_columns(args.distillation.matches)
+        columns = batch_columns(args.distillation.matches)
+        if not columns:  # read several times a step
+            return columns
+        models: Any = [self.model, *(() if self.teacher is None else (self.teacher.model,))]
+        read = frozenset(TARGETS).union(*map(input_names, models))
+        return columns - read
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # An evaluation before the training prepares the bare student, and accelerate (1.15) then takes it for one that

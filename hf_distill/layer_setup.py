@@ -1,13 +1,15 @@
 """From the matches asked for to the terms of a training, refusing before the first step what cannot work."""
 
+from copy import deepcopy
 from itertools import islice
 from typing import Any
 
 from torch import nn
+from transformers.utils.quantization_config import QuantizationMethod
 
 from hf_distill.batches import TARGETS
 from hf_distill.config import ALWAYS, MatchTerm
-from hf_distill.dataset_checks import random_states_kept
+from hf_distill.dataset_checks import is_indexed, random_states_kept
 from hf_distill.gathering import gather_rows
 from hf_distill.matching import LayerTerms, plan_layers
 from hf_distill.models.architectures import layerdrop
@@ -18,8 +20,8 @@ from hf_distill.signals import Task
 def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
     """The terms between layers that a trainer's arguments ask for, or None.
 
-    Both models see the training set's first rows once, without a trace: so widths, heads and lengths are known, and
-    what does not fit is refused now.
+    Both models see the training set's first rows, without a trace: so widths, heads and lengths are known, every
+    match is computed once, and what does not fit is refused now.
 
     Args:
         trainer: a `DistillationTrainer` that is otherwise ready.
@@ -33,19 +35,21 @@ def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
         return None
     teacher = trainer.teacher if any(term.asks_teacher for term in terms) else None
     _check_models(trainer, student, terms)
+    _place(trainer, student)
     batch = trainer.split(trainer._prepare_inputs(_first_batch(trainer)))
     arguments = {name: value for name, value in batch.student.items() if name not in TARGETS}
     if trainer._pair.task is Task.SEQ2SEQ_LM and "decoder_input_ids" not in arguments and "labels" in batch.labels:
         arguments |= decoder_inputs(student, batch.labels["labels"])
-    plan = plan_layers(
-        terms,
-        student,
-        teacher,
-        batch,
-        arguments,
-        special_tokens=trainer._special_tokens,
-        other_tokens=trainer._pair.needs_teacher_inputs,
-    )
+    with trainer.accelerator.autocast():
+        plan = plan_layers(
+            terms,
+            student,
+            teacher,
+            batch,
+            arguments,
+            special_tokens=trainer._special_tokens,
+            other_tokens=trainer._pair.needs_teacher_inputs,
+        )
     layers = LayerTerms(
         plan,
         student,
@@ -56,25 +60,64 @@ def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
         rank=trainer.accelerator.process_index,
     )
     layers.start(student)  # PEFT may refuse the modules
-    layers.stop()
+    try:
+        with trainer.accelerator.autocast():
+            layers.try_once(batch, arguments)
+    finally:
+        layers.stop()
     return layers
+
+
+def _place(trainer: Any, student: nn.Module) -> None:
+    """Moves the student to the batches: `Trainer` does so late with `model_init` and an evaluation in 16 bits."""
+    places_itself = trainer.is_model_parallel or trainer.is_distributed_loading_by_transformers
+    quantized = getattr(student, "quantization_method", None) == QuantizationMethod.BITS_AND_BYTES
+    if not places_itself and not quantized:
+        trainer._move_model_to_device(student, trainer.args.device)
 
 
 def _first_batch(trainer: Any) -> dict[str, Any]:
     """The first rows of the training set as a batch; no random state is changed by looking at them."""
     dataset = trainer.train_dataset
-    collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="training")
+    number = min(2, trainer.args.per_device_train_batch_size)  # rows of unequal length may never meet in a batch
+    if _read_once(dataset):
+        raise ValueError(
+            "train_dataset can be read only once (its iterator is itself), and matches between layers look at its "
+            "first rows beforehand: the training would lose them. Give a data set that can be iterated anew."
+        )
+    collator = _copied(trainer.data_collator, trainer)
+    collate = trainer._get_collator_with_removed_columns(collator, description="training")
     with random_states_kept():
-        if hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__"):
-            rows = [dataset[index] for index in range(min(2, len(dataset)))]
+        if is_indexed(dataset):
+            rows = [dataset[index] for index in range(min(number, len(dataset)))]
         else:
-            rows = list(islice(dataset, 2))
+            rows = list(islice(dataset, number))
         if not rows:
             raise ValueError("train_dataset is empty: there is nothing to learn from.")
         return collate(rows)
 
 
+def _copied(collator: Any, trainer: Any) -> Any:
+    """A copy of a collator: one with a seed draws its first random numbers in the training."""
+    models = [trainer.model, *(() if trainer.teacher is None else (trainer.teacher.model,))]
+    kept = {id(module): module for model in models for module in model.modules()}  # a collator may hold one
+    try:
+        return deepcopy(collator, kept)
+    except (TypeError, RuntimeError):  # some things, such as locks, have no copy
+        return collator
+
+
+def _read_once(dataset: Any) -> bool:
+    """Whether looking at a data set's rows takes them from the training."""
+    return not is_indexed(dataset) and iter(dataset) is iter(dataset)
+
+
 def _check_models(trainer: Any, student: nn.Module, terms: tuple[MatchTerm, ...]) -> None:
+    if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+        raise ValueError(
+            f"Match {terms[0].name!r} reads the student's layers, which FSDP and DeepSpeed (ZeRO) take apart: this is "
+            "untested, so it is refused. Train with DDP, or set the weights of all matches to 0."
+        )
     teacher = trainer.teacher
     asking = [term.name for term in terms if term.asks_teacher]
     if asking and teacher is None:
@@ -93,7 +136,8 @@ def _check_models(trainer: Any, student: nn.Module, terms: tuple[MatchTerm, ...]
         )
     windows = [term.name for term in terms if term.active != ALWAYS]
     unused = trainer.args.ddp_find_unused_parameters
-    waits = trainer.args.activation_checkpointing if unused is None else not unused
+    checkpoints = trainer.args.activation_checkpointing or getattr(student, "is_activation_checkpointing", False)
+    waits = checkpoints if unused is None else not unused
     if windows and waits and trainer.accelerator.num_processes > 1:
         raise ValueError(
             f"Match {windows[0]!r} is on in a part of the training only, and DDP would wait for the gradient of its "

@@ -65,7 +65,7 @@ class StepMixin(EvaluationMixin):
         batch = self.split(inputs)
         teacher_output = None
         if self.teacher is not None and (terms.need_teacher or not model.training):
-            records = model.training and self._layers is not None and bool(terms.matches)
+            records = model.training and any(match.asks_teacher for match in terms.matches)
             # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
             asked: dict[str, Any] = {"record": True} if records else {}
             teacher_output = self.teacher(batch.teacher, **asked)
@@ -122,6 +122,11 @@ class StepMixin(EvaluationMixin):
         """The student's output, and its shares of the matches that are on."""
         if self._layers is None or not terms.matches:
             return model(**arguments), {}
+        if not self._layers.is_attached:
+            raise RuntimeError(
+                "The student is in training mode outside train(), and terms between layers exist inside train() "
+                "alone. Call model.eval() before compute_loss to look at a loss."
+            )
         masks = self._layers.masks(self.model, batch)
         with self._layers.recording(terms.matches, masks):
             recorded = model(**arguments, **self._layers.forward_arguments)
@@ -147,16 +152,18 @@ class StepMixin(EvaluationMixin):
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The weighted loss of a batch, and its shares of the terms before their weights."""
         weighted, task, kd = [], None, None
-        # 0 with a graph; 0 * (a sum of -inf) would be NaN. DDP waits for the head's gradient whatever the terms read.
-        nothing = read_logits(self._pair.task, outputs)[0][:0].sum()
         if terms.task.weight > 0:
-            task = self._task_loss(outputs, batch, counts) if batch.labels else nothing
+            task = self._task_loss(outputs, batch, counts) if batch.labels else self._nothing(outputs)
             weighted.append(task if terms.task.weight == 1 else terms.task.weight * task)
         if pairs:
             total = kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=self._problem_type(batch))
             kd = total / counts.kd.clamp(min=1)
             weighted.append(terms.logits.weight * kd)
-        return torch.stack(weighted or [nothing]).sum(), task, kd
+        return torch.stack(weighted or [self._nothing(outputs)]).sum(), task, kd
+
+    def _nothing(self, outputs: Any) -> Tensor:
+        """0 with a graph, since DDP waits for the head's gradient whatever the terms read; 0 * (-inf) would be NaN."""
+        return read_logits(self._pair.task, outputs)[0][:0].sum()
 
     def _evaluation_loss(
         self, model: nn.Module, batch: Batch, terms: ActiveTerms, teacher_output: TeacherOutput | None

@@ -136,6 +136,7 @@ class DistillationMixin(StepMixin):
         """Checks the terms between layers against both models, and makes ready what they need."""
         if self._layers is not None:
             self._layers.stop()
+        self._signature_columns = None  # other terms may read other columns
         self._layers = make_layer_terms(self, student)
 
     def _start_layers(self) -> None:
@@ -144,6 +145,14 @@ class DistillationMixin(StepMixin):
         planned = () if self._layers is None else tuple(match.term for match in self._layers.plan.matches)
         if terms != tuple(replace(term, weight=1.0) for term in planned):
             self._plan_layers(self.model)
+            # An optimizer and a DDP wrapper of an earlier training know nothing of new projections.
+            if self.state.global_step > 0 and self._layers is not None and self._layers.plan.projections:
+                self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
+        if terms and self._layers is None:
+            raise ValueError(
+                f"Match {terms[0].name!r} is planned on the first rows of train_dataset, which is None. Pass "
+                "train_dataset, even where get_train_dataloader is your own."
+            )
         if self._layers is not None:
             self._layers.start(self.model)
 
@@ -215,9 +224,14 @@ class DistillationMixin(StepMixin):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_layers()
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self._layers is not None:
-            load_modules(self.model, resume_from_checkpoint)
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self._layers is not None:
+                load_modules(self.model, resume_from_checkpoint)
+        except BaseException:
+            if self._layers is not None:
+                self._layers.stop()
+            raise
 
     def _load_best_model(self) -> None:
         super()._load_best_model()

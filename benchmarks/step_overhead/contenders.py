@@ -76,8 +76,8 @@ CONTENDERS = {"floor": floor, "ours": ours, "naive": naive}
 class Stepper:
     """One contender, ready to take optimizer steps one at a time: `Trainer`'s own calls in `Trainer`'s order."""
 
-    def __init__(self, name: str, workload: Workload, teacher: PreTrainedModel, *, device: str, bf16: bool) -> None:
-        self.trainer = CONTENDERS[name](student_of(workload), teacher, training_arguments(device, bf16=bf16))
+    def __init__(self, trainer: Any) -> None:
+        self.trainer = trainer
         self.trainer.create_optimizer()
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped = self.model
@@ -96,3 +96,8 @@ class Stepper:
         self.optimizer.step()
         self.model.zero_grad()
         return loss
+
+
+def stepper_of(name: str, workload: Workload, teacher: PreTrainedModel, *, device: str, bf16: bool) -> Stepper:
+    """A contender with a fresh student."""
+    return Stepper(CONTENDERS[name](student_of(workload), teacher, training_arguments(device, bf16=bf16)))

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_overhead.contenders import CONTENDERS, Stepper
+from benchmarks.step_overhead.contenders import CONTENDERS, Stepper, stepper_of
 from benchmarks.step_overhead.workloads import WORKLOADS, batch_of, teacher_of
 
 MIB = 2**20
@@ -25,7 +25,7 @@ def _finish(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _seconds(stepper: Stepper, inputs: dict[str, torch.Tensor], device: str) -> tuple[float, float]:
+def seconds_of(stepper: Stepper, inputs: dict[str, torch.Tensor], device: str) -> tuple[float, float]:
     """Wall and processor seconds of one step; the second does not see what else the machine does."""
     _finish(device)
     wall, processor = time.perf_counter(), time.process_time()
@@ -39,14 +39,14 @@ def time_in_turns(workload_name: str, *, rounds: int, device: str, bf16: bool) -
     workload = WORKLOADS[workload_name]
     teacher = teacher_of(workload)
     inputs = batch_of(workload, device)
-    steppers = {name: Stepper(name, workload, teacher, device=device, bf16=bf16) for name in CONTENDERS}
+    steppers = {name: stepper_of(name, workload, teacher, device=device, bf16=bf16) for name in CONTENDERS}
     for stepper in steppers.values():
         stepper.step(inputs)
     names = list(steppers)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            seconds[name].append(_seconds(steppers[name], inputs, device))
+            seconds[name].append(seconds_of(steppers[name], inputs, device))
     return {name: summary(seconds[name], seconds["floor"]) for name in names}
 
 
@@ -64,7 +64,7 @@ def summary(taken: list[tuple[float, float]], floor: list[tuple[float, float]]) 
     }
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
     """A field of /proc/self/status that is given in kB, such as VmRSS or VmHWM."""
     found = re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
@@ -78,7 +78,7 @@ def extra_peak_here(workload_name: str, name: str, *, device: str, bf16: bool) -
     logits and gradients alike, and no allocation is too short to be seen.
     """
     workload = WORKLOADS[workload_name]
-    stepper = Stepper(name, workload, teacher_of(workload), device=device, bf16=bf16)
+    stepper = stepper_of(name, workload, teacher_of(workload), device=device, bf16=bf16)
     stepper.step(batch_of(workload, device, small=True))
     inputs = batch_of(workload, device)
     if device == "cuda":
@@ -88,9 +88,9 @@ def extra_peak_here(workload_name: str, name: str, *, device: str, bf16: bool) -
         stepper.step(inputs)
         return (torch.cuda.max_memory_allocated() - before) / MIB
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     stepper.step(inputs)
-    return (_status_bytes("VmHWM") - before) / MIB
+    return (status_bytes("VmHWM") - before) / MIB
 
 
 def extra_peak(workload_name: str, name: str, *, device: str, bf16: bool) -> float:
@@ -110,7 +110,7 @@ def extra_peak(workload_name: str, name: str, *, device: str, bf16: bool) -> flo
 def waits_of_the_host(workload_name: str, name: str, *, bf16: bool) -> str | None:
     """The first place in `compute_loss` where the host waits for the GPU, or None; a first step may set things up."""
     workload = WORKLOADS[workload_name]
-    stepper = Stepper(name, workload, teacher_of(workload), device="cuda", bf16=bf16)
+    stepper = stepper_of(name, workload, teacher_of(workload), device="cuda", bf16=bf16)
     inputs = batch_of(workload, "cuda")
     stepper.step(inputs)
     batch, counted = stepper.count(inputs)

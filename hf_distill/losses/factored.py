@@ -15,8 +15,8 @@ from hf_distill.losses.base import compute_dtype
 from hf_distill.losses.row_gradient import attach_gradient, may_read
 from hf_distill.signals import Scores
 
-# One buffer of scores: half of a core's second-level cache. 4 MiB took 1.2 times as long at length 512, 256 KiB 1.8
-# times at length 128. Other devices need enough work to hide the launches.
+# One buffer of scores, at most: half of a core's second-level cache. 4 MiB took 1.2 times as long at length 512. Other
+# devices need enough work to hide the launches.
 _CPU_BLOCK_BYTES = 2**20
 _DEVICE_BLOCK_BYTES = 2**28
 # Less than this is taken for this; its exponential is the least that is no special case for a processor.
@@ -332,7 +332,7 @@ def _heads_per_block(heads: int, fitting: int) -> int:
 def _maps(factor: Tensor, real: Tensor, *, clear: bool) -> Tensor:
     """(sequences * heads, positions, width): the factor, and if asked 0 at the masked of (sequences, positions)."""
     if clear:
-        factor = factor.clone()
+        factor = factor.clone(memory_format=torch.contiguous_format)
         # On a CPU masked_fill_ takes ten times as long where the mask is broadcast; elsewhere nonzero would wait.
         if may_read(real):
             factor.transpose(1, 2).index_put_((~real).nonzero(as_tuple=True), factor.new_zeros(()))

@@ -57,14 +57,14 @@ class BatchMasks:
             if real is None:
                 sequences = batch_size(self._inputs)
                 real = torch.ones(sequences, length or 0, dtype=torch.bool, device=device_of(self._inputs))
-            self._made[key] = self._chosen(real, unit.mask)
+            self._made[key] = self._chosen(real, unit.mask, unit.stack)
         return self._made[key]
 
     def pooled(self, unit: Unit, length: int) -> Tensor | None:
         """(sequences, length) bool: the positions of which a pooled feature is made; None where all are."""
         return self.real(unit.stack) if unit.mask == "tokens" else self.tokens(unit, length)
 
-    def _chosen(self, real: Tensor, mask: str) -> Tensor:
+    def _chosen(self, real: Tensor, mask: str, stack: str | None) -> Tensor:
         if self._items.rows is not None:
             real = real & _repeated(self._items.rows, len(real))[:, None]
         if mask == "cls":
@@ -72,9 +72,13 @@ class BatchMasks:
         if mask == "content":
             return without_special(real, self._inputs.get("input_ids"), self._special)
         if mask == "task":
+            if stack == "encoder":
+                raise ValueError(
+                    'mask: "task" chooses among the decoder\'s positions. Write decoder. before the reference.'
+                )
             own = self._items.kd
         elif mask.startswith(BATCH_MASK):
-            own = self._column(mask.removeprefix(BATCH_MASK)).bool()
+            own = self._column(mask.removeprefix(BATCH_MASK)).bool().flatten(0, -2)  # of several choices, if there are
         else:
             return real
         if own.shape != real.shape:
@@ -85,12 +89,12 @@ class BatchMasks:
         return real & own
 
     def _column(self, name: str) -> Tensor:
-        if name not in self.extras:
+        if name not in self.extras and name not in self._inputs:
             raise ValueError(
                 f"The batch has no column {name!r}, which a match reads. Add it to every row; a collator of your own "
                 "must pass it on."
             )
-        return self.extras[name]
+        return self.extras[name] if name in self.extras else self._inputs[name]  # a model may read it too
 
     def domain(self, name: str, sequences: int) -> Tensor:
         """(sequences,) bool: the rows of the target domain."""

@@ -58,7 +58,7 @@ def plan_layers(
             student_recorded = capture.collect(outputs)
     finally:
         capture.close()
-    inputs = {**batch.student, **batch.labels}
+    inputs = batch.student
     for match in matches:
         if model is not None and (other_tokens or _cut_apart(match, student, inputs, model, batch.teacher)):
             _check_pooled(match)

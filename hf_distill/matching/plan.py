@@ -27,13 +27,11 @@ class Unit:
         kind: `tokens`, `pairs` (of tokens), `causal_pairs` or `sequences`.
         mask: which tokens, as in `MatchTerm.mask`.
         stack: the student's stack.
-        padded: whether the inputs tell padding; if not, all positions are real and each sequence averages its own.
     """
 
     kind: str
     mask: str
     stack: str | None
-    padded: bool
 
     @property
     def per_sequence(self) -> bool:
@@ -193,7 +191,11 @@ def _checked(
             )
     if match.spec.feature != "attention" or pair.teacher is None:
         return pair
-    records = student_recorded[pair.student.source], teacher_recorded[pair.teacher.source]
+    own, other = student_recorded[pair.student.source], teacher_recorded[pair.teacher.source]
+    mask = inputs.get("attention_mask")
+    if "position_ids" in inputs or (isinstance(mask, Tensor) and mask.dim() > 2):
+        return pair  # rows packed of several texts, which the first ones need not be
+    records = own, other.to(own.query.device)
     return replace(pair, sees_all=_sees_all(records, real_positions(student, inputs, pair.student.stack)))
 
 
@@ -240,12 +242,12 @@ def _check_attention(match: Match, pair: Pair, own: AttentionRecord, other: Atte
             "share no entries. Compare hidden states with length: interpolate, or pooled(mean)@hidden[*]."
         )
     if match.spec.feature == "relation":
-        heads = _relation_heads(term, own, other)
+        heads = relation_heads(term, own, other)
         if heads is not None:
             for record in (own, other):
-                regroup_heads(_part(record, pair.student.kind), heads)
+                regroup_heads(getattr(record, pair.student.kind), heads)
             return
-        counts = [_part(record, pair.student.kind).shape[1] for record in (own, other)]
+        counts = [getattr(record, pair.student.kind).shape[1] for record in (own, other)]
     else:
         scores = own.scores(), other.scores()
         if scores[0].causal != scores[1].causal:
@@ -262,7 +264,7 @@ def _check_attention(match: Match, pair: Pair, own: AttentionRecord, other: Atte
             raise ValueError("heads: mean cannot average soft-capped scores. Use heads: relation.")
         if term.heads == "relation":
             for record in (own, other):
-                regroup_heads(record.query, _regrouped(term, own, other))
+                regroup_heads(record.query, regrouped_heads(term, own, other))
             return
     if counts[0] != counts[1] and term.heads == "strict":
         raise ValueError(
@@ -293,20 +295,17 @@ def _sees_all(records: tuple[AttentionRecord, AttentionRecord], tokens: Tensor |
     return True
 
 
-def _part(record: AttentionRecord, kind: str) -> Tensor:
-    return getattr(record, kind)
-
-
-def _regrouped(term: MatchTerm, own: AttentionRecord, other: AttentionRecord) -> int:
+def regrouped_heads(term: MatchTerm, own: AttentionRecord, other: AttentionRecord) -> int:
+    """Into how many heads queries and keys are regrouped: those of the model with fewer, unless the options say."""
     heads = term.options.get("relation_heads")
     return min(own.query.shape[1], other.query.shape[1]) if heads is None else heads
 
 
-def _relation_heads(term: MatchTerm, own: AttentionRecord, other: AttentionRecord) -> int | None:
+def relation_heads(term: MatchTerm, own: AttentionRecord, other: AttentionRecord) -> int | None:
     """Into how many heads the vectors are regrouped; None to leave them in the heads they have."""
     if term.loss == "minilm_values" and term.heads != "relation":
         return None
-    return _regrouped(term, own, other)
+    return regrouped_heads(term, own, other)
 
 
 def _unit(match: Match, stack: StackMatch, student: nn.Module, recorded: Recorded, inputs: Mapping[str, Any]) -> Unit:
@@ -315,7 +314,6 @@ def _unit(match: Match, stack: StackMatch, student: nn.Module, recorded: Recorde
     first = stack.pairs[0].student
     record = recorded[first.source]
     tokens = real_positions(student, inputs, stack.stack)
-    padded = tokens is not None
     length = record.query.shape[2] if first.is_attention else as_sequence(record).shape[1]
     pooled = first.pooling is not None or (not first.is_attention and record.dim() == 2)
     if tokens is not None and tokens.shape[1] != length and record_is_positional(record):
@@ -327,9 +325,9 @@ def _unit(match: Match, stack: StackMatch, student: nn.Module, recorded: Recorde
     kind = {"pair": "pairs", "sequence": "sequences"}.get(spec.item, "tokens")
     if kind == "pairs" and record.scores().causal:
         kind = "causal_pairs"
-    if pooled or not padded or reference == "sample_mean":
+    if pooled or tokens is None or reference == "sample_mean":
         kind = "sequences"
-    return Unit(kind, name, stack.stack, padded)
+    return Unit(kind, name, stack.stack)
 
 
 def record_is_positional(record: Any) -> bool:

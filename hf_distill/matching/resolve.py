@@ -2,13 +2,13 @@
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
 from torch import nn
 
 from hf_distill.config import MatchTerm
-from hf_distill.features import HIDDEN, MODULE, Feature
+from hf_distill.features import HIDDEN, MODULE, STACKS, Feature
 from hf_distill.layer_mapping import COPIED_MAP, EXPLICIT_MAP, explicit_pairs, layer_pairs, random_pairs
 from hf_distill.losses.base import LOSSES, LossSpec
 from hf_distill.matching.copied import copied_layers, same_layers
@@ -112,7 +112,7 @@ def resolve(term: MatchTerm, student: nn.Module, teacher: nn.Module | None) -> M
 
 def _stacks(feature: Feature, model: nn.Module, side: str) -> tuple[str | None, ...]:
     if feature.kind == MODULE:
-        return (None,)
+        return (_side(str(feature.path), model),)
     known = tuple(layer_stacks(model))
     if feature.stack is None:
         return known
@@ -121,6 +121,15 @@ def _stacks(feature: Feature, model: nn.Module, side: str) -> tuple[str | None, 
         remedy = f"Write {Feature(feature.kind, feature.layer, feature.every, pooling=feature.pooling)} instead."
         raise ValueError(f"the {side} ({name}) has no {feature.stack} of its own. {remedy}")
     return (feature.stack,)
+
+
+def _side(path: str, model: nn.Module) -> str | None:
+    """The stack whose positions a module's output has."""
+    config = getattr(task_model(model), "config", None)
+    if not getattr(config, "is_encoder_decoder", False) or None in layer_stacks(model):
+        return None
+    # What stands beside both, such as a head, reads the decoder.
+    return next((part for part in path.split(".") if part in STACKS), "decoder")
 
 
 def _stack_pairs(term: MatchTerm, student: nn.Module, teacher: nn.Module) -> list[tuple[str | None, str | None]]:
@@ -156,7 +165,7 @@ def _layer(feature: Feature, layers: int) -> int:
 
 def _alone(term: MatchTerm, student: nn.Module, stack: str | None) -> StackMatch:
     if term.student.kind == MODULE:
-        return StackMatch(None, (Pair(term.student, None),))
+        return StackMatch(stack, (Pair(replace(term.student, stack=stack), None),))
     layers = depth(student, stack)
     chosen = range(layers + 1) if term.student.layer is None else (_layer(term.student, layers),)
     return StackMatch(stack, tuple(Pair(term.student.at(layer, stack), None) for layer in chosen))
@@ -184,8 +193,9 @@ def _stack_match(
 
 
 def _fixed(feature: Feature, model: nn.Module, stack: str | None) -> Feature:
-    """A feature that names its own layer, with that layer counted from the front."""
-    return feature if feature.kind == MODULE else feature.at(_layer(feature, depth(model, stack)), stack)
+    """A module, or a feature that names its own layer, with that layer counted from the front."""
+    layer = None if feature.kind == MODULE else _layer(feature, depth(model, stack))
+    return replace(feature, layer=layer, stack=stack)
 
 
 def _mapped(term: MatchTerm, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:

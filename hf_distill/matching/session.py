@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 from zlib import crc32
 
+import torch
 from torch import Tensor, nn
 
 from hf_distill.batches import Batch
@@ -18,7 +19,7 @@ from hf_distill.matching.terms import MatchContext, StudentFeatures, match_share
 from hf_distill.models.capture import Capture
 from hf_distill.models.modules import DistillationModules, StudentHook, attach, detach
 from hf_distill.models.projections import make_projection
-from hf_distill.teachers import RecordingTeacher
+from hf_distill.teachers import RecordingTeacher, in_eval_mode
 
 
 class LayerTerms:
@@ -98,8 +99,7 @@ class LayerTerms:
 
     def masks(self, student: nn.Module, batch: Batch) -> BatchMasks:
         """The masks of a batch."""
-        inputs = {**batch.student, **batch.labels}
-        return BatchMasks(student, inputs, batch.items, batch.extras, self._special)
+        return BatchMasks(student, batch.student, batch.items, batch.extras, self._special)
 
     def counts(self, student: nn.Module, batch: Batch) -> list[Tensor]:
         """How many items of each of the plan's units a batch has."""
@@ -188,6 +188,29 @@ class LayerTerms:
             for match, units in zip(self.plan.matches, self.plan.units, strict=True)
             if match.term.name in names
         }
+
+    def try_once(self, batch: Batch, arguments: Mapping[str, Any]) -> None:
+        """Computes every match on one batch, without a trace, while started.
+
+        Args:
+            batch: a batch, such as the first rows.
+            arguments: what the student's forward takes of it.
+
+        Raises:
+            ValueError: what a match's loss refuses, with the match's name.
+        """
+        assert self._student is not None
+        terms, masks = tuple(match.term for match in self.plan.matches), self.masks(self._student, batch)
+        counts = torch.stack(masks.counts(self.plan.distinct_units))
+        teacher = {} if self._teacher is None else self._teacher(batch.teacher, record=True).features
+        with in_eval_mode(self._student), torch.no_grad():
+            with self.recording(terms, masks):
+                features = self._student(**arguments, **self.forward_arguments)["features"]
+            for term in terms:
+                try:
+                    self.shares((term,), features, teacher, batch, masks, counts, epoch=0)
+                except ValueError as error:
+                    raise ValueError(f"Match {term.name!r}: {error}") from error
 
 
 def _make_modules(plan: Plan, student: nn.Module, seed: int) -> DistillationModules:

@@ -14,14 +14,14 @@ from hf_distill.matching.batch_masks import BatchMasks, per_sequence
 from hf_distill.matching.plan import (
     StudentKey,
     Unit,
-    _regrouped,
-    _relation_heads,
     as_sequence,
     pooled,
+    regrouped_heads,
+    relation_heads,
     resampled,
     student_key,
 )
-from hf_distill.matching.resolve import Match, Pair
+from hf_distill.matching.resolve import Match, Pair, StackMatch
 from hf_distill.models.capture import AttentionRecord
 from hf_distill.models.positions import regroup_heads
 from hf_distill.signals import Scores
@@ -73,11 +73,12 @@ def match_share(match: Match, units: tuple[Unit, ...], counts: list[Tensor], con
     """
     shares = []
     for stack, unit, count in zip(match.stacks, units, counts, strict=True):
-        rows = _dynamic(match, stack.pairs, unit, context) if match.is_dynamic else None
-        if rows is None:
+        if match.is_dynamic:
+            rows = _dynamic(match, stack.pairs, unit, context)
+        else:
             rows = torch.stack([_pair_rows(match, pair, unit, context) for pair in stack.pairs]).sum(0)
         if match.term.reduction == "reference" and match.spec.reference.pairs == "mean":
-            rows = rows / len(stack.pairs)
+            rows = rows / _pairs_summed(match, stack)
         shares.append(rows.sum() / count.clamp(min=1))
     return torch.stack(shares).sum()
 
@@ -88,7 +89,8 @@ def _pair_rows(match: Match, pair: Pair, unit: Unit, context: MatchContext, teac
     kind = match.spec.feature
     if kind in ("attention", "relation"):
         assert pair.teacher is not None
-        return _score_rows(match, pair, unit, context, student, context.teacher[pair.teacher.source])
+        teacher_record = context.teacher[pair.teacher.source].to(student.query.device)
+        return _score_rows(match, pair, unit, context, student, teacher_record)
     if kind in ("batch", "domain"):
         return _batch_rows(match, pair, unit, context, student)
     if teacher is None:
@@ -103,6 +105,16 @@ def _pair_rows(match: Match, pair: Pair, unit: Unit, context: MatchContext, teac
     else:
         values = match.spec.function(student, teacher, **options)
     return _averaged(torch.where(tokens, values, 0.0).sum(-1), unit, tokens)
+
+
+def _pairs_summed(match: Match, stack: StackMatch) -> int:
+    """How many pairs a term over a stack adds up: of those that it may choose from, a map that changes takes some."""
+    students = len({pair.student.layer for pair in stack.pairs})
+    candidates = len(stack.pairs) // students
+    # A flow's masses add up to 1: it is a mean already.
+    return {"random": students, "attention": students, "argmin": candidates, "emd": 1}.get(
+        match.term.map.strategy, len(stack.pairs)
+    )
 
 
 def _averaged(sums: Tensor, unit: Unit, tokens: Tensor, *, item: str | None = None, causal: bool = False) -> Tensor:
@@ -149,11 +161,14 @@ def _score_rows(
     if pair.sees_all:
         own, other = replace(own, allowed=None), replace(other, allowed=None)
     tokens = _tokens(unit, context, own.left.shape[2])
+    # A mask chooses the rows that count; each is a distribution over all real keys. Of pairs it chooses both ends.
+    everything = replace(unit, mask="tokens")
+    keys = tokens if match.spec.item == "pair" else _tokens(everything, context, own.left.shape[2])
     factored = _FACTORED.get(match.spec.name)
     if factored is not None:
-        sums = factored(own, other, queries=tokens, keys=tokens)
+        sums = factored(own, other, queries=tokens, keys=keys)
     else:
-        values = match.spec.function(own, other, keys=tokens)
+        values = match.spec.function(own, other, keys=keys)
         items = tokens
         if match.spec.item == "pair":
             items = tokens[:, :, None] & tokens[:, None, :]
@@ -165,13 +180,13 @@ def _score_rows(
 def _scores(match: Match, kind: str, student: AttentionRecord, teacher: AttentionRecord) -> tuple[Scores, Scores]:
     term = match.term
     if match.spec.feature == "relation":
-        heads = _relation_heads(term, student, teacher)
-        return _relation(getattr(student, kind), heads), _relation(getattr(teacher, kind), heads)
+        regrouped = relation_heads(term, student, teacher)
+        return _relation(getattr(student, kind), regrouped), _relation(getattr(teacher, kind), regrouped)
     own, other = student.scores(), teacher.scores()
     if term.heads == "mean" and own.heads != other.heads:
         return _head_mean(own), _head_mean(other)
     if term.heads == "relation":
-        heads = _regrouped(term, student, teacher)
+        heads = regrouped_heads(term, student, teacher)
         return _regrouped_scores(own, heads), _regrouped_scores(other, heads)
     return own, other
 
@@ -190,7 +205,7 @@ def _head_mean(scores: Scores) -> Scores:
         left=regroup_heads(scores.left, 1),
         right=regroup_heads(right, 1),
         scale=scores.scale / scores.heads,
-        bias=None if bias is None or bias.shape[1] == 1 else bias.mean(1, keepdim=True),
+        bias=None if bias is None else bias.mean(1, keepdim=True),
         allowed=None,
         sinks=None,
     )
@@ -239,9 +254,7 @@ def _dynamic(match: Match, pairs: tuple[Pair, ...], unit: Unit, context: MatchCo
             for students in by_student.values()
         ]
     )  # (student layers, teacher layers, sequences)
-    items = context.masks.sequences(unit, rows.shape[-1]) if unit.per_sequence else None
-    divisor = context.masks.count(unit) if items is None else items.sum()
-    costs = rows.detach().sum(-1) / divisor.clamp(min=1)
+    costs = rows.detach().sum(-1)  # whatever the unit: neither choice depends on their scale
     weights = ordered_argmin(costs) if strategy == "argmin" else transport(costs)
     weights = weights[..., None]
     return torch.where(weights > 0, rows * weights, 0.0).sum((0, 1))

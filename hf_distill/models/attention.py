@@ -8,7 +8,7 @@ a name of its own, models that ask for `== "sdpa"`, as those with sparse indices
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from inspect import signature
 from typing import Any
 
@@ -58,6 +58,16 @@ class AttentionRecord:
             declared = getattr(self.module, "is_causal", self.mask is None and self.implementation == SDPA)
         # Eager attention masks nothing but what the mask says.
         return bool(declared) and (self.mask is not None or self.implementation == SDPA)
+
+    def to(self, device: torch.device) -> "AttentionRecord":
+        """The record with its tensors on a device."""
+        if self.query.device == device:
+            return self
+        vectors = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
+        options = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()
+        }
+        return replace(self, **vectors, mask=None if self.mask is None else self.mask.to(device), options=options)
 
     def scores(self) -> Scores:
         """The scores before the softmax and before masking, in factors.

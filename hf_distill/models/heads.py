@@ -124,7 +124,8 @@ def frame_mask(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
         )
     mask = inputs.get("attention_mask")
     lengths = torch.full((len(values),), values.shape[1], device=values.device) if mask is None else mask.sum(-1)
-    frames = int(head._get_feat_extract_output_lengths(torch.tensor(values.shape[1])))
+    samples = values.shape[1] if mask is None else mask.shape[1]  # Whisper's features are (batch, bins, samples)
+    frames = int(head._get_feat_extract_output_lengths(torch.tensor(samples)))
     lengths = head._get_feat_extract_output_lengths(lengths).to(torch.long)
     return torch.arange(frames, device=values.device) < lengths[:, None]
 

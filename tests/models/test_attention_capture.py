@@ -318,7 +318,7 @@ def test_scores_with_a_formula_of_their_own_are_refused_and_the_maps_are_not():
         [record] = taps.take()[module]
     taps.close()
     assert torch.equal(record.probabilities() @ states, output)
-    with pytest.raises(ValueError, match=r"GatedAttention also depend on gate.*attention_probs"):
+    with pytest.raises(ValueError, match=r"GatedAttention also depend on gate.*hidden"):
         record.scores()
 
 
