@@ -101,7 +101,8 @@ class DistillationTrainingArguments(TrainingArguments):
         default=None,
         metadata={
             "help": "The teacher's layers for the student's, of hidden states and attention: uniform unless given, "
-            'uniform_last, last, first, skip, or pairs such as \'{"1": 3, "2": 6}\'.'
+            "uniform_last, last, first, skip, copied (for a student with layers of the teacher), or pairs such as "
+            '\'{"1": 3, "2": 6}\'.'
         },
     )
     teacher_model_init_kwargs: dict[str, Any] | str | None = field(

@@ -5,6 +5,7 @@ import difflib
 import inspect
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.config import DistillationConfig, with_flat_values
+from hf_distill.config.flat import ATTENTION_MATCH, HIDDEN_MATCH
 from hf_distill.presets import load_preset
 from hf_distill.setup import check_teacher, check_trainer_arguments
 from hf_distill.teachers import Teacher
@@ -80,14 +82,35 @@ class Stage:
             )
 
 
-def preset_stages(name: str) -> tuple[Stage, ...]:
+def preset_stages(name: str, **training: Any) -> tuple[Stage, ...]:
     """The stages of a preset with the paper's epochs and rates, to run as they are or changed (`dataclasses.replace`).
+
+    Args:
+        name: of the preset.
+        training: fields of the arguments that win over the preset's in every stage, such as `num_train_epochs=3`;
+            `layer_mapping` reaches the stages that map layers.
 
     Raises:
         ValueError: no preset is called so.
     """
-    stages = load_preset(name).stages
-    return tuple(Stage(stage.name, distillation=stage.config, training=stage.training) for stage in stages)
+    stages = []
+    for stage in load_preset(name).stages:
+        maps = any(match.name in (HIDDEN_MATCH, ATTENTION_MATCH) for match in stage.config.matches)
+        given = {field: value for field, value in training.items() if maps or field != "layer_mapping"}
+        stages.append(Stage(stage.name, distillation=stage.config, training={**stage.training, **given}))
+    return tuple(stages)
+
+
+def announced(name: str, stages: Sequence[Stage]) -> Sequence[Stage]:
+    """The stages of a preset, after a warning of what they set in place of the run's arguments."""
+    fields = [f"{stage.name}: {key}={value}" for stage in stages for key, value in stage.training.items()]
+    if fields:
+        warnings.warn(
+            f"The preset {name!r} sets, whatever args say: {'; '.join(fields)}. For other values pass "
+            f"preset_stages({name!r}, num_train_epochs=..., learning_rate=...) of hf_distill.stages.",
+            stacklevel=3,
+        )
+    return stages
 
 
 def stage_arguments(args: Any, stage: Stage, number: int) -> Any:

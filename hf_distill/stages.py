@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.lineage import FINISHED, LINEAGE_NAME, Lineage
 from hf_distill.setup import check_arguments
-from hf_distill.stage_plan import STAGES_FOLDER, Stage, asked, plan_stages, preset_stages
+from hf_distill.stage_plan import STAGES_FOLDER, Stage, announced, asked, plan_stages, preset_stages
 from hf_distill.stage_runner import StageRunner
 from hf_distill.teachers import Teacher
 from hf_distill.trainer import DistillationMixin, DistillationTrainer
@@ -65,7 +65,7 @@ def run_stages(
         ValueError: before the first step, for anything that is wrong with any stage; for an `output_dir` that holds a
             run already, or one of other stages.
     """
-    stages = preset_stages(stages) if isinstance(stages, str) else tuple(stages)
+    stages = announced(stages, preset_stages(stages)) if isinstance(stages, str) else tuple(stages)
     check_arguments(args, trainer_cls._arguments_class)
     shared: dict[str, Any] = {
         "teacher_model": teacher_model,

@@ -28,7 +28,7 @@ from hf_distill.items import LABEL_MASK
 from hf_distill.layer_setup import make_layer_terms
 from hf_distill.matching import LayerTerms
 from hf_distill.models.heads import frame_mask, input_names
-from hf_distill.models.modules import learning_rate_groups, load_modules, lost_keys, save_modules
+from hf_distill.models.modules import check_modules, learning_rate_groups, load_modules, lost_keys, save_modules
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import (
     check_arguments,
@@ -225,6 +225,7 @@ class DistillationMixin(StepMixin):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         self._start_layers()
         try:
+            check_modules(resume_from_checkpoint, expected=self._layers is not None)
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             if self._layers is not None:
                 load_modules(self.model, resume_from_checkpoint)

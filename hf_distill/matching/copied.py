@@ -8,6 +8,7 @@ from hf_distill.models.heads import task_model
 
 # Layers of one model, or of two trainings, are far below; a copy that was trained on is far above.
 _LEAST_COSINE = 0.8
+_NO_COMMON_SHAPE = -2.0
 
 
 def copied_layers(
@@ -30,6 +31,12 @@ def copied_layers(
     for number, layer in enumerate(layer_stacks(student)[student_stack], 1):
         likeness = [_likeness(_weights(layer), other) for other in teachers]
         best = max(range(len(teachers)), key=likeness.__getitem__)
+        if likeness[best] == _NO_COMMON_SHAPE:
+            raise ValueError(
+                f"map: copied, but layer {number} of the student ({type(task_model(student)).__name__}) has no weight "
+                "of the shape that one of the teacher's has, so it was cut narrower too and cannot be recognised. "
+                "Write the pairs, counted from 1: map: {1: 1, 2: 3, 3: 6}."
+            )
         if likeness[best] < _LEAST_COSINE:
             raise ValueError(
                 f"map: copied, but layer {number} of the student ({type(task_model(student)).__name__}) is like none "
@@ -69,8 +76,8 @@ def _is_same(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> bool:
 
 
 def _likeness(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> float:
-    """The mean cosine of the matrices that both have; -1 where there are none."""
+    """The mean cosine of the matrices of one name and shape that both have."""
     shared = [name for name, value in student.items() if name in teacher and teacher[name].shape == value.shape]
     both = [(student[name].flatten().float(), teacher[name].flatten().to(student[name].device)) for name in shared]
     cosines = [float(F.cosine_similarity(own, other.float(), dim=0)) for own, other in both]
-    return sum(cosines) / len(cosines) if cosines else -1.0
+    return sum(cosines) / len(cosines) if cosines else _NO_COMMON_SHAPE

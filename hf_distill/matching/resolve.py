@@ -149,7 +149,7 @@ def _named(stacks: tuple[str | None, ...]) -> str:
     return " and ".join(stack or "one stack of layers" for stack in stacks)
 
 
-def _layer(feature: Feature, layers: int) -> int:
+def _layer(feature: Feature, layers: int, side: str = "student") -> int:
     """The layer of a feature that names one, counted from the embeddings."""
     layer = feature.layer
     assert layer is not None
@@ -157,7 +157,7 @@ def _layer(feature: Feature, layers: int) -> int:
     resolved = layer + layers + 1 if layer < 0 else layer
     if not first <= resolved <= layers:
         raise ValueError(
-            f"{feature} is not there: the model has {layers} layers, counted from {first}"
+            f"{feature} is not there: the {side} has {layers} layers, counted from {first}"
             f"{' (0: the embeddings)' if first == 0 else ''} to {layers}, or from -1 backwards."
         )
     return resolved
@@ -178,7 +178,9 @@ def _stack_match(
     assert other is not None
     if own.kind == MODULE or own.layer is not None:
         if other.kind == MODULE or other.layer is not None:
-            pair = Pair(_fixed(own, student, student_stack), _fixed(other, teacher, teacher_stack))
+            pair = Pair(
+                _fixed(own, student, student_stack, "student"), _fixed(other, teacher, teacher_stack, "teacher")
+            )
             return StackMatch(student_stack, (pair,))
     if term.map.strategy == COPIED_MAP:
         found = copied_layers(student, teacher, student_stack, teacher_stack)
@@ -192,9 +194,9 @@ def _stack_match(
     )
 
 
-def _fixed(feature: Feature, model: nn.Module, stack: str | None) -> Feature:
+def _fixed(feature: Feature, model: nn.Module, stack: str | None, side: str) -> Feature:
     """A module, or a feature that names its own layer, with that layer counted from the front."""
-    layer = None if feature.kind == MODULE else _layer(feature, depth(model, stack))
+    layer = None if feature.kind == MODULE else _layer(feature, depth(model, stack), side)
     return replace(feature, layer=layer, stack=stack)
 
 
@@ -229,12 +231,12 @@ def _of_layer(student: Feature, pairs: list[tuple[int, int]], depth: int) -> lis
 def _warn_of_copies(term: MatchTerm, pairs: list[tuple[int, int]], same: Mapping[int, int]) -> None:
     """Warns of a map that leads copied layers away from where they came from."""
     led_away = [(own, other) for own, other in pairs if own in same and same[own] != other]
-    if led_away and not term.map.is_dynamic and term.map.strategy != EXPLICIT_MAP:
+    if led_away and not term.map.is_dynamic:
         own, other = led_away[0]
         warnings.warn(
-            f"Match {term.name!r}: layer {own} of the student is a copy of the teacher's layer {same[own]}, but by "
-            f"the map {term.map.strategy!r} it learns from layer {other}. layer_mapping='copied' pairs copies with "
-            "their originals.",
+            f"Layer {own} of the student (of 1, 2, ...) is a copy of the teacher's layer {same[own]}, but by the "
+            f"{term.map.strategy} map it learns from layer {other}. layer_mapping='copied' pairs copies with their "
+            "originals; in run_stages: preset_stages(name, layer_mapping='copied').",
             stacklevel=2,
         )
 

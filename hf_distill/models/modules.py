@@ -146,6 +146,20 @@ def save_modules(student: nn.Module, folder: str | os.PathLike[str], *, is_main_
     os.replace(partial, path)
 
 
+def check_modules(folder: str | os.PathLike[str], *, expected: bool) -> None:
+    """Refuses a checkpoint with modules for a training that has none.
+
+    Raises:
+        ValueError: with what it was written with.
+    """
+    if not expected and Path(folder, FILE_NAME).is_file():
+        raise ValueError(
+            f"{folder} holds projections ({FILE_NAME}), and its optimizer their state: it was written with terms "
+            "between layers, which are off now. Resume with those terms, or start anew from its weights: load them as "
+            "the student and leave resume_from_checkpoint out."
+        )
+
+
 def load_modules(student: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Reads into the student's modules what `save_modules` wrote.
 

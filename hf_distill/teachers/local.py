@@ -52,6 +52,12 @@ class LocalTeacher:
         """The logits of one forward over those of `inputs` that the model's forward names, and with `record` more."""
         arguments = {name: value for name, value in inputs.items() if name in self._names and name != "labels"}
         model = task_model(self._model)
+        if model.main_input_name not in arguments and "inputs_embeds" not in arguments:
+            raise ValueError(
+                f"The teacher ({type(model).__name__}) reads {model.main_input_name}, but the batch has "
+                f"{', '.join(inputs)}. Choose a teacher that reads what the student reads, or give the rows columns "
+                f"of its own: teacher_{model.main_input_name}."
+            )
         if self._model.training:  # whoever turned it on since: dropout would make its targets noise
             self._model.eval()
         with torch.no_grad():
