@@ -29,7 +29,18 @@ LAYERS = (
     ),
     (
         "glue",
-        {"arguments", "trainer", "layer_setup", "callbacks", "checks", "dataset_checks", "setup", "evaluation", "step"}
+        {
+            "arguments",
+            "trainer",
+            "layer_setup",
+            "layer_training",
+            "callbacks",
+            "checks",
+            "dataset_checks",
+            "setup",
+            "evaluation",
+            "step",
+        }
         | {"stages", "stage_plan", "stage_runner", "lineage"},
     ),
     ("edges", {"cli", "demo"}),
