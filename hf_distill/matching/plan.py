@@ -88,7 +88,7 @@ class Plan:
 
 
 def batch_columns(terms: tuple[MatchTerm, ...]) -> frozenset[str]:
-    """The batch's columns that matches read and no model does."""
+    """The batch's columns that matches name; a model may read them too."""
     masks = {term.mask.removeprefix(BATCH_MASK) for term in terms if term.mask and term.mask.startswith(BATCH_MASK)}
     return frozenset(masks | {term.domain for term in terms if term.domain})
 
