@@ -44,6 +44,9 @@ class LossSpec:
             "row" (of scores) or "sequence".
         paper: the source of the formula, as a model card should cite it.
         reference: how the paper reduces it.
+        compares: of a loss of logits, what they are to it: "classes" (one distribution over them), "labels" (a choice
+            of its own each) or "outputs" (plain numbers).
+        min_classes: of a loss of logits, with how many classes it begins to say anything; with fewer it is constant.
     """
 
     name: str
@@ -52,23 +55,54 @@ class LossSpec:
     item: str
     paper: str
     reference: Reference = Reference()
+    compares: str = "classes"
+    min_classes: int = 1
 
     @property
     def takes_temperature(self) -> bool:
         """Whether the function has a `temperature` keyword; the others must not be given one."""
-        return "temperature" in inspect.signature(self.function).parameters
+        return "temperature" in self._keywords
+
+    @property
+    def takes_targets(self) -> bool:
+        """Whether the function has a `targets` keyword: (...,) int64 classes of the labels, -100 for none."""
+        return "targets" in self._keywords
+
+    @property
+    def compares_rows(self) -> bool:
+        """Whether the function compares items with each other; it then has a `valid` keyword, (items,) bool."""
+        return "valid" in self._keywords
+
+    @property
+    def options(self) -> tuple[str, ...]:
+        """Of a loss of logits, the keywords that are the user's: all but those that the term and the batch fill in."""
+        return tuple(name for name in self._keywords if name not in _FILLED_IN)
+
+    @property
+    def _keywords(self) -> list[str]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
 
 
 LOSSES: Registry[LossSpec] = Registry("loss")
+# Keywords of losses of logits that the composition fills in.
+_FILLED_IN = frozenset({"temperature", "targets", "valid"})
 
 
 def register_loss(
-    name: str, *, feature: str, item: str, paper: str, reference: Reference = Reference()
+    name: str,
+    *,
+    feature: str,
+    item: str,
+    paper: str,
+    reference: Reference = Reference(),
+    compares: str = "classes",
+    min_classes: int = 1,
 ) -> Callable[[LossFunction], LossFunction]:
     """A decorator that enters a function into `LOSSES` and returns it unchanged; arguments as in `LossSpec`."""
 
     def register(function: LossFunction) -> LossFunction:
-        LOSSES.register(name, LossSpec(name, function, feature, item, paper, reference))
+        LOSSES.register(name, LossSpec(name, function, feature, item, paper, reference, compares, min_classes))
         return function
 
     return register

@@ -15,7 +15,9 @@ _SCRATCH_BUFFERS = 4
 FLOAT16_HEADROOM = 2.0**15
 
 
-@register_loss("forward_kl", feature="logits", item="position", paper="Hinton et al. 2015, arXiv:1503.02531")
+@register_loss(
+    "forward_kl", feature="logits", item="position", paper="Hinton et al. 2015, arXiv:1503.02531", min_classes=2
+)
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """KL(teacher || student) of the softened distributions, times temperature², in nats per item.
 

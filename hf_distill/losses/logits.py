@@ -13,6 +13,7 @@ from hf_distill.losses.row_gradient import attach_gradient
     feature="logits",
     item="position",
     paper="Yang et al. 2023, arXiv:2308.06453; Hinton et al. 2015, arXiv:1503.02531",
+    compares="labels",
 )
 def binary_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
     """KL(teacher || student) of each label's softened Bernoulli distribution, summed over labels, times temperature².
@@ -48,7 +49,13 @@ def binary_forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, tempera
     return attach_gradient(values, student_logits, direction=direction, scale=temperature)
 
 
-@register_loss("logit_mse", feature="logits", item="position", paper="Ba and Caruana 2014, arXiv:1312.6184")
+@register_loss(
+    "logit_mse",
+    feature="logits",
+    item="position",
+    paper="Ba and Caruana 2014, arXiv:1312.6184",
+    compares="outputs",
+)
 def logit_mse(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """The squared difference of the logits, as a mean over the classes or outputs.
 
