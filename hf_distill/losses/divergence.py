@@ -1,18 +1,117 @@
-"""Divergences between the softened distributions of teacher and student."""
+"""Divergences between the softened distributions of teacher and student, and the walk over rows that they share."""
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from hf_distill.losses.base import check_logits, compute_dtype, item_temperature, register_loss
-from hf_distill.losses.row_gradient import attach_gradient, row_blocks, rows_per_block
+from hf_distill.losses.row_gradient import attach_gradient, clear_rows, may_read, row_blocks, rows_per_block
 
 _SCRATCH_BUFFERS = 4
 
 # p_s - p_t is about 1 / vocabulary. In float16 that is subnormal at 32,000 classes, so it is stored multiplied by a
 # power of two, which backward takes out again in float32.
 FLOAT16_HEADROOM = 2.0**15
+
+
+class Softened(NamedTuple):
+    """A block of rows as a formula gets it, in the dtype that is computed in; every tensor may be written over."""
+
+    student: Tensor  # (rows, classes) logits / temperature, the largest of each row 0
+    teacher: Tensor  # as `student`
+    student_probs: Tensor  # (rows, classes) softmax of `student`
+    teacher_probs: Tensor  # (rows, classes) softmax of `teacher`
+    value: Tensor  # (rows, 1), to be written
+    needs_gradient: bool
+
+
+# Writes the value of every row and returns, where it is needed, its gradient with respect to `Softened.student`,
+# (rows, classes), in a tensor of the block.
+Formula = Callable[[Softened], Tensor | None]
+
+
+def softened_divergence(
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, formula: Formula
+) -> Tensor:
+    """A formula of the softened distributions, times temperature², with its gradient to the student attached.
+
+    Value and gradient are formed together, row block by row block: the only tensor of the logits' size is the
+    gradient, and none exists where the student needs no gradient. The teacher and the temperature get none.
+
+    Args:
+        student_logits: (..., classes), any float dtype and strides; computed in float32 (float64 if given float64).
+        teacher_logits: (..., classes).
+        temperature: > 0; a number, a scalar tensor or one value per item, (...,).
+        formula: of a block of rows.
+
+    Returns: (...,) float32.
+    """
+    check_logits(student_logits, teacher_logits)
+    dtype = compute_dtype(student_logits, teacher_logits)
+    is_one = not isinstance(temperature, Tensor) and temperature == 1
+    temperature = item_temperature(temperature, student_logits, dtype)
+    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
+    with torch.no_grad():
+        values = torch.empty(temperature.shape, dtype=dtype, device=student_logits.device)
+        tensors = [student_logits, teacher_logits, temperature.reciprocal(), values]
+        if needs_gradient:
+            direction = torch.empty(student_logits.shape, dtype=student_logits.dtype, device=values.device)
+            size = torch.ones_like(values)
+            tensors += [direction, size]
+        rows = rows_per_block(student_logits, buffers=_SCRATCH_BUFFERS, dtype=dtype)
+        scratch = torch.empty(_SCRATCH_BUFFERS, rows, student_logits.shape[-1], dtype=dtype, device=values.device)
+        for block in row_blocks(tensors, rows):
+            _divergence_block(*block, scratch=scratch, formula=formula, soften=not is_one)
+        values = values.mul_(temperature.square()).squeeze(-1)
+    if not needs_gradient:
+        return values
+    return attach_gradient(values, student_logits, direction=direction, scale=temperature * size)
+
+
+def _divergence_block(
+    student_logits: Tensor,  # (rows, classes)
+    teacher_logits: Tensor,  # (rows, classes)
+    inverse_temperature: Tensor,  # (rows, 1)
+    value: Tensor,  # (rows, 1), written
+    direction: Tensor | None = None,  # (rows, classes), written with the gradient / size
+    size: Tensor | None = None,  # (rows, 1) of ones, written where that keeps the direction in the range of its dtype
+    *,
+    scratch: Tensor,  # (4, at least rows, classes)
+    formula: Formula,
+    soften: bool,
+) -> None:
+    student, teacher, student_probs, teacher_probs = scratch[:, : value.shape[0]]
+    for logits, shifted, probs in (
+        (student_logits, student, student_probs),
+        (teacher_logits, teacher, teacher_probs),
+    ):
+        subtract_maximum(logits, out=shifted)
+        if soften:
+            shifted.mul_(inverse_temperature)
+        torch.softmax(shifted, -1, out=probs)
+    gradient = formula(Softened(student, teacher, student_probs, teacher_probs, value, direction is not None))
+    if direction is None or size is None or gradient is None:
+        return
+    if direction.dtype == torch.float16:
+        # Some gradients are as small as 1 / vocabulary, others as large as a logit: each row has its own scale.
+        torch.linalg.vector_norm(gradient, math.inf, -1, keepdim=True, out=size)
+        # A size of NaN would reach an item that nobody asks for, as its incoming 0 would no longer be one.
+        size.div_(FLOAT16_HEADROOM).nan_to_num_(nan=1.0).clamp_(min=torch.finfo(size.dtype).tiny)
+        gradient.div_(size)
+    direction.copy_(gradient)
+
+
+def subtract_maximum(logits: Tensor, *, out: Tensor) -> None:
+    """Writes (rows, classes) logits less the maximum of their row.
+
+    Logits of 1e4 carry an error of 5e-4; less their maximum, those that matter are near 0 and exact.
+    """
+    # On a CPU bfloat16 costs half the time if it is converted first.
+    out.copy_(logits)
+    out.sub_(out.amax(-1, keepdim=True))
 
 
 @register_loss(
@@ -38,54 +137,13 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: f
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2 and eq. 2-4; temperature² keeps gradients comparable
         across temperatures.
     """
-    check_logits(student_logits, teacher_logits)
-    dtype = compute_dtype(student_logits, teacher_logits)
-    temperature = item_temperature(temperature, student_logits, dtype)
-    headroom = FLOAT16_HEADROOM if student_logits.dtype == torch.float16 else 1.0
-    needs_gradient = torch.is_grad_enabled() and student_logits.requires_grad
-    with torch.no_grad():
-        kl = torch.empty(temperature.shape, dtype=dtype, device=student_logits.device)
-        tensors = [student_logits, teacher_logits, temperature.reciprocal(), kl]
-        if needs_gradient:
-            tensors.append(torch.empty(student_logits.shape, dtype=student_logits.dtype, device=kl.device))
-        rows = rows_per_block(student_logits, buffers=_SCRATCH_BUFFERS, dtype=dtype)
-        scratch = torch.empty(_SCRATCH_BUFFERS, rows, student_logits.shape[-1], dtype=dtype, device=kl.device)
-        for block in row_blocks(tensors, rows):
-            _forward_kl_block(*block, scratch=scratch, headroom=headroom)
-        values = kl.mul_(temperature.square()).squeeze(-1)
-    if not needs_gradient:
-        return values
-    return attach_gradient(values, student_logits, direction=tensors[-1], scale=temperature / headroom)
+    return softened_divergence(student_logits, teacher_logits, temperature, _forward_kl)
 
 
-def _forward_kl_block(
-    student_logits: Tensor,  # (rows, classes)
-    teacher_logits: Tensor,  # (rows, classes)
-    inverse_temperature: Tensor,  # (rows, 1)
-    kl: Tensor,  # (rows, 1), written
-    direction: Tensor | None = None,  # (rows, classes), written with headroom * (p_s - p_t)
-    *,
-    scratch: Tensor,  # (4, at least rows, classes)
-    headroom: float,
-) -> None:
-    student, teacher, student_probs, teacher_probs = scratch[:, : kl.shape[0]]
-    for logits, shifted, probs in (
-        (student_logits, student, student_probs),
-        (teacher_logits, teacher, teacher_probs),
-    ):
-        subtract_maximum(logits, out=shifted)
-        torch.softmax(shifted.mul_(inverse_temperature), -1, out=probs)
-    write_forward_kl(student, teacher, student_probs, teacher_probs, out=kl)
-    if direction is not None:
-        torch.mul(student_probs.sub_(teacher_probs), headroom, out=direction)
-
-
-def subtract_maximum(logits: Tensor, *, out: Tensor) -> None:
-    """Writes (rows, classes) logits less the maximum of their row.
-
-    Logits of 1e4 carry an error of 5e-4; less their maximum, those that matter are near 0 and exact.
-    """
-    torch.sub(logits, logits.amax(-1, keepdim=True).to(out.dtype), out=out)
+def _forward_kl(block: Softened) -> Tensor | None:
+    student, teacher, student_probs, teacher_probs, value, needs_gradient = block
+    write_forward_kl(student, teacher, student_probs, teacher_probs, out=value)
+    return student_probs.sub_(teacher_probs) if needs_gradient else None
 
 
 def write_forward_kl(
@@ -100,10 +158,68 @@ def write_forward_kl(
         teacher_probs: (rows, classes) softmax of `teacher`.
         out: (rows, 1).
     """
-    # 0 * inf and 0 * (inf - inf) are NaN here, but a class without the teacher's probability contributes 0. A NaN
-    # among the logits is not lost: the maxima below carry it.
-    contributions = teacher.sub_(student).mul_(teacher_probs)
+    out.copy_(sum_of_possible(teacher.sub_(student).mul_(teacher_probs)))
+    out.add_(log_of_sums(student_probs, teacher_probs))
+
+
+@register_loss(
+    "reverse_kl", feature="logits", item="position", paper="Gu et al. 2024, arXiv:2306.08543", min_classes=2
+)
+def reverse_kl(student_logits: Tensor, teacher_logits: Tensor, *, temperature: float | Tensor = 1.0) -> Tensor:
+    """KL(student || teacher) of the softened distributions, times temperature², in nats per item.
+
+    A class at -inf in both, such as a padded vocabulary, contributes 0. Where the teacher alone has a class at -inf,
+    the value is +inf as soon as the student gives it probability, and such an item has the gradient 0, since no
+    finite one is right. Memory, rounding and NaN are as in `forward_kl`.
+
+    Args:
+        student_logits: (..., classes), any float dtype and strides; computed in float32 (float64 if given float64).
+        teacher_logits: (..., classes); carries no gradient.
+        temperature: > 0; a number, a scalar tensor or one value per item, (...,).
+
+    Returns: (...,) float32, 0 where the logits are equal.
+    Source: Gu et al. 2024 (MiniLLM), arXiv:2306.08543, eq. 1, here per token on given text, in closed form.
+    """
+    return softened_divergence(student_logits, teacher_logits, temperature, _reverse_kl)
+
+
+def _reverse_kl(block: Softened) -> Tensor | None:
+    ratio = block.student.sub_(block.teacher)
+    kl, gradient = reverse_kl_of(ratio, block, out=block.teacher)
+    block.value.copy_(kl)
+    return gradient
+
+
+def reverse_kl_of(ratio: Tensor, block: Softened, *, out: Tensor) -> tuple[Tensor, Tensor | None]:
+    """KL(student || teacher) per row, (rows, 1), and its gradient p_s * (ratio - its expectation), (rows, classes).
+
+    Args:
+        ratio: (rows, classes) `block.student - block.teacher`; kept.
+        block: its probabilities are read, and kept.
+        out: (rows, classes), of which the gradient is made.
+    """
+    gradient = torch.mul(ratio, block.student_probs, out=out)
+    expected = sum_of_possible(gradient)
+    kl = expected + log_of_sums(block.teacher_probs, block.student_probs)
+    if not block.needs_gradient:
+        return kl, None
+    expected.masked_fill_(kl.isnan(), math.nan)
+    gradient.addcmul_(block.student_probs, expected, value=-1)
+    clear_rows(gradient, expected.isposinf().logical_not_())
+    return kl, gradient
+
+
+def sum_of_possible(contributions: Tensor) -> Tensor:
+    """(rows, 1): the sums over the classes, after those of probability 0 had their contribution set to 0, in place."""
+    # 0 * inf and 0 * (inf - inf) are NaN here. A NaN among the logits is not lost: `log_of_sums` carries it.
+    total = contributions.sum(-1, keepdim=True)
+    if may_read(total) and not bool(total.isnan().any()):
+        return total
     contributions.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    torch.sum(contributions, -1, keepdim=True, out=out)
+    return contributions.sum(-1, keepdim=True)
+
+
+def log_of_sums(probs: Tensor, others: Tensor) -> Tensor:
+    """(rows, 1): the log-sum-exp of the logits of `probs` less that of `others`, the largest of either logits 0."""
     # The largest shifted logit is 0, so log-sum-exp is minus the log of the largest probability.
-    out.add_(teacher_probs.amax(-1, keepdim=True).div_(student_probs.amax(-1, keepdim=True)).log_())
+    return others.amax(-1, keepdim=True).div_(probs.amax(-1, keepdim=True)).log_()

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import Reference, compute_dtype, register_loss
+from hf_distill.losses.divergence import forward_kl
 from hf_distill.losses.row_gradient import attach_gradient
 
 
@@ -55,7 +56,7 @@ def hidden_cosine(student: Tensor, teacher: Tensor) -> Tensor:
     Returns: (...,) float32, from 0 to 2.
     Source: DistilBERT, arXiv:1910.01108, section 2; its code takes `torch.nn.CosineEmbeddingLoss`.
     """
-    squared_distance, direction, inverse_length, have_direction = _on_the_sphere(student, teacher)
+    squared_distance, direction, inverse_length, have_direction = on_the_sphere(student, teacher)
     values = torch.where(have_direction, squared_distance / 2, 1.0)
     return _with_gradient(values, student, direction, inverse_length)
 
@@ -80,9 +81,29 @@ def hidden_normalized_mse(student: Tensor, teacher: Tensor) -> Tensor:
     Source: Patient KD, arXiv:1908.09355, eq. 7, which sums over features and layers; the authors' code, and the
         weights that they publish with it, take the mean over both.
     """
-    squared_distance, direction, inverse_length, _ = _on_the_sphere(student, teacher)
+    squared_distance, direction, inverse_length, _ = on_the_sphere(student, teacher)
     width = student.shape[-1]
     return _with_gradient(squared_distance / width, student, direction, inverse_length * (2 / width))
+
+
+@register_loss("hidden_kl", feature="hidden", item="token", paper="Hinton et al. 2015, arXiv:1503.02531")
+def hidden_kl(student: Tensor, teacher: Tensor, *, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of softmax(vector / temperature) over the features, times temperature².
+
+    Which features stand out is compared, and nothing else: a constant added to all features of a vector changes
+    nothing. It is meant for vectors whose features are comparable, such as embeddings of sentences. Vectors of length
+    1 are nearly uniform at temperature 1; a temperature below 1 tells them apart.
+
+    Args:
+        student: (..., width), any float dtype; computed in float32 (float64 if given float64).
+        teacher: (..., width); carries no gradient.
+        temperature: > 0.
+
+    Returns: (...,) float32, 0 where the vectors are equal.
+    Source: the distillation loss of Hinton et al. 2015, arXiv:1503.02531, with features in place of classes.
+    """
+    _check_vectors(student, teacher)
+    return forward_kl(student, teacher, temperature=temperature)
 
 
 def _squared_difference(student: Tensor, teacher: Tensor, *, factor: float) -> Tensor:
@@ -94,7 +115,7 @@ def _squared_difference(student: Tensor, teacher: Tensor, *, factor: float) -> T
 
 
 @torch.no_grad()
-def _on_the_sphere(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def on_the_sphere(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What comparing directions takes.
 
     Returns: (...,) the squared distance of the unit vectors; (..., width) the gradient of its half by the student's
@@ -103,14 +124,16 @@ def _on_the_sphere(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor, Te
     _check_vectors(student, teacher)
     dtype = compute_dtype(student, teacher)
     lengths = [torch.linalg.vector_norm(vectors, dim=-1, keepdim=True, dtype=dtype) for vectors in (student, teacher)]
-    inverse, teacher_inverse = (torch.where(length == 0, 0.0, length.reciprocal()) for length in lengths)
-    unit, teacher_unit = student * inverse, teacher * teacher_inverse
-    squared_distance = torch.linalg.vector_norm(unit - teacher_unit, dim=-1).square_()
-    cosine = (unit * teacher_unit).sum(-1, keepdim=True)
-    direction = unit.mul_(cosine).sub_(teacher_unit)
+    have_direction = (lengths[0] != 0) & (lengths[1] != 0)
+    lengths = [torch.where(length == 0, 1.0, length) for length in lengths]
+    unit, teacher_unit = student / lengths[0], teacher / lengths[1]
+    difference = unit - teacher_unit
+    squared_distance = torch.linalg.vector_norm(difference, dim=-1, keepdim=True).square_()
+    # The cosine is 1 - squared_distance / 2: what is left of `difference` is exactly 0 where the two are equal.
+    direction = difference.sub_(unit.mul_(squared_distance / 2)).masked_fill_(~have_direction, 0.0)
     # A vector that holds NaN has it in its direction; as a factor it would also reach items that nobody asks for.
-    inverse = inverse.nan_to_num(nan=1.0).squeeze(-1)
-    return squared_distance, direction, inverse, ((lengths[0] != 0) & (lengths[1] != 0)).squeeze(-1)
+    inverse_length = lengths[0].reciprocal().nan_to_num(nan=1.0).squeeze(-1)
+    return squared_distance.squeeze(-1), direction, inverse_length, have_direction.squeeze(-1)
 
 
 def _with_gradient(values: Tensor, student: Tensor, direction: Tensor, scale: Tensor) -> Tensor:

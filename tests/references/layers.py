@@ -48,6 +48,13 @@ def hidden_normalized_mse(student, teacher):
     return (lengths - 2 * (1 - hidden_cosine(student, teacher))) / student.shape[-1]
 
 
+def hidden_kl(student, teacher, *, temperature=1.0):
+    """sum_i t_i log(t_i / s_i) of the softened features."""
+    own, taught = (torch.exp(side.double() / temperature) for side in (student, teacher))
+    own, taught = (side / side.sum(-1, keepdim=True) for side in (own, taught))
+    return temperature**2 * _dot(taught, torch.log(taught / own))
+
+
 def _maps(student, teacher, keys):
     """For each sequence, head and query: both sides' scores of the keys it sees, and which these are."""
     batch, heads, queries, _ = student.left.shape
