@@ -8,6 +8,7 @@ import torch
 from transformers import default_data_collator
 
 from hf_distill.items import IGNORE_INDEX, LABEL_MASK
+from hf_distill.row_weights import RowWeights
 from hf_distill.signals import Task
 
 TEACHER_PREFIX = "teacher_"
@@ -46,6 +47,9 @@ class DistillationCollator:
     only if it has one. A batch in which no row has a label column is passed on as it is. `DistillationTrainer` puts
     this around its collator by itself.
 
+    The columns that items are weighed by are taken off the rows before the collator sees them; the batch then holds
+    the weights as `item_weight`, and `item_group` where they are to follow the loss of each group.
+
     Args:
         collator: what makes a batch of the student's columns. Attributes not found here are looked up in it.
         task: the task of the student's head. Language models' labels are the collator's own affair and not touched.
@@ -54,6 +58,7 @@ class DistillationCollator:
             columns; without it they must have equal shapes.
         always_mask: whether batches without a missing label hold `label_mask` too, since something will join them
             with others, key by key.
+        row_weights: what makes the items' weights; None weighs all alike.
     """
 
     def __init__(
@@ -64,12 +69,14 @@ class DistillationCollator:
         filler: Any = IGNORE_INDEX,
         teacher_processing_class: Any | None = None,
         always_mask: bool = False,
+        row_weights: RowWeights | None = None,
     ) -> None:
         self.collator = collator
         self.task = task
         self.filler = filler
         self.teacher_processing_class = teacher_processing_class
         self.always_mask = always_mask
+        self.row_weights = row_weights
 
     def __getattr__(self, name: str) -> Any:
         # `collator` and dunder names must fail here, or unpickling in a data-loader worker would recurse for ever.
@@ -81,6 +88,9 @@ class DistillationCollator:
         """The batch, with the student's keys first."""
         if not isinstance(features[0], Mapping):
             return self.collator(features)
+        weighed = features
+        if self.row_weights is not None:
+            features = self.row_weights.without_columns(features)
         students = [{k: v for k, v in row.items() if not k.startswith(TEACHER_PREFIX)} for row in features]
         teachers = [
             {k.removeprefix(TEACHER_PREFIX): v for k, v in row.items() if k.startswith(TEACHER_PREFIX)}
@@ -90,6 +100,8 @@ class DistillationCollator:
         batch = self.collator(students)
         if labelled is not None and (self.always_mask or not all(labelled)):
             batch[LABEL_MASK] = torch.tensor(labelled)
+        if self.row_weights is not None:
+            batch.update(self.row_weights(weighed, batch))
         if teachers[0]:
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in self._pad_teachers(teachers).items()})
         return batch

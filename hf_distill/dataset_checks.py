@@ -13,17 +13,22 @@ from torch.utils.data import IterableDataset
 from hf_distill.batches import TARGETS
 from hf_distill.collator import LABEL_COLUMNS, SPAN_COLUMNS, is_missing
 from hf_distill.items import IGNORE_INDEX
+from hf_distill.objective_checks import check_head
 from hf_distill.signals import Task
 
-_ROWS_LOOKED_AT = 1000
+ROWS_LOOKED_AT = 1000
 _ROWS_WITHOUT_COLUMN = 16  # after which no later row is expected to have it
 
 
 def label_columns(task: Task) -> tuple[str, ...]:
-    """The names a data set's labels may have; none for language models, whose collator makes the labels."""
+    """The names a data set's labels may have.
+
+    None for language models, whose collator makes the labels, and for models without a head.
+    """
     if task is Task.QUESTION_ANSWERING:
         return SPAN_COLUMNS
-    return () if task.is_language_model and task is not Task.CTC else LABEL_COLUMNS
+    learns_none = task is Task.EMBEDDING or (task.is_language_model and task is not Task.CTC)
+    return () if learns_none else LABEL_COLUMNS
 
 
 def find_label(dataset: Any, task: Task, *, required: bool) -> Any | None:
@@ -53,7 +58,7 @@ def random_states_kept() -> Iterator[None]:
 
 def _find_label(dataset: Any, columns: tuple[str, ...], *, required: bool) -> Any | None:
     found: set[str] = set()
-    for number, row in enumerate(_rows(dataset, columns)):
+    for number, row in enumerate(first_rows(dataset, columns)):
         if not isinstance(row, Mapping):
             return None
         found |= {*row}
@@ -77,17 +82,18 @@ def is_indexed(dataset: Any) -> bool:
     return hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__") and not isinstance(dataset, IterableDataset)
 
 
-def _rows(dataset: Any, columns: tuple[str, ...]) -> Iterable[Any]:
+def first_rows(dataset: Any, columns: tuple[str, ...]) -> Iterable[Any]:
+    """Up to a thousand rows with these columns, if there are such; none of rows that can be read but once."""
     names = getattr(dataset, "column_names", None) or []
     present = [name for name in columns if name in names]
     if present and hasattr(dataset, "select_columns"):
         # Decodes no image or sound, and runs no transform, which would look for the other columns.
         dataset = dataset.select_columns(present).with_format(None)
     if is_indexed(dataset):
-        return (dataset[i] for i in range(min(len(dataset), _ROWS_LOOKED_AT)))
+        return (dataset[i] for i in range(min(len(dataset), ROWS_LOOKED_AT)))
     rows = iter(dataset)
     # Rows that can be read but once are for training.
-    return () if iter(dataset) is rows else islice(rows, _ROWS_LOOKED_AT)
+    return () if iter(dataset) is rows else islice(rows, ROWS_LOOKED_AT)
 
 
 def label_filler(task: Task, config: Any, label: Any | None) -> Any:
@@ -100,8 +106,10 @@ def label_filler(task: Task, config: Any, label: Any | None) -> Any:
     """
     if task is Task.CTC:  # an empty target would leave nothing to pad
         return [IGNORE_INDEX]
+    if task is Task.EMBEDDING:  # scores for the user's own metrics, which nothing here reads
+        return np.nan
     values = np.asarray(0 if label is None else label)
-    kind = _kind_of_label(task, config, label)
+    kind = kind_of_label(task, config, label)
     if kind == "single_label_classification":  # of any dtype: gaps make pandas store classes as floats
         return np.full(values.shape, IGNORE_INDEX).tolist()
     if label is None and kind == "multi_label_classification":
@@ -110,7 +118,8 @@ def label_filler(task: Task, config: Any, label: Any | None) -> Any:
     return np.full(values.shape, IGNORE_INDEX if is_int else np.nan).tolist()
 
 
-def _kind_of_label(task: Task, config: Any, label: Any | None) -> str:
+def kind_of_label(task: Task, config: Any, label: Any | None) -> str:
+    """Transformers' name of the kind of sequence classification, by the config or by a label."""
     if task is not Task.SEQUENCE_CLASSIFICATION:
         return "single_label_classification"
     if config.problem_type is not None:
@@ -123,9 +132,12 @@ def _kind_of_label(task: Task, config: Any, label: Any | None) -> str:
 def check_batch(inputs: Mapping[str, Any], task: Task, task_weight: float) -> None:
     """Refuses a first batch without the labels that the task loss needs, where `find_label` found none either.
 
+    And a task loss, however it was turned on, of a model without a head.
+
     Raises:
         ValueError: with what makes them.
     """
+    check_head(task, task_weight=task_weight)
     if task_weight > 0 and not {*TARGETS} & {*inputs}:
         remedy = {
             Task.CAUSAL_LM: "DataCollatorForLanguageModeling(tokenizer, mlm=False)",
