@@ -21,6 +21,7 @@ _EXPORTS = {
     "run_stages": "stages",
     "build_student": "models.student",
     "trim_vocabulary": "models.student",
+    "weigh_phrases": "phrases",
 }
 
 __all__ = [
@@ -39,6 +40,7 @@ __all__ = [
     "logit_mse",
     "run_stages",
     "trim_vocabulary",
+    "weigh_phrases",
 ]
 
 if TYPE_CHECKING:
@@ -48,6 +50,7 @@ if TYPE_CHECKING:
     from hf_distill.losses import binary_forward_kl, forward_kl, logit_mse
     from hf_distill.metrics import compute_metrics_for, load_metric
     from hf_distill.models.student import build_student, trim_vocabulary
+    from hf_distill.phrases import weigh_phrases
     from hf_distill.stages import Stage, run_stages
     from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 

@@ -17,7 +17,8 @@ class StepCounts:
 
     Attributes:
         counts: (5 + units,) int64 on the training device: in the order of `Items.counts`, then the units of the
-            matches between layers, in the order of their plan.
+            matches between layers, in the order of their plan. Where KD items have weights, floats with the sum of
+            those weights in place of the number of KD items.
         world_scale: what a rank's share of a term is multiplied by, because DDP averages gradients over the ranks: the
             number of processes if `counts` is over all of them, else 1.
         single: whether the window is one micro-batch on one process, so that its own mean is the global mean.
@@ -46,27 +47,44 @@ class StepCounts:
     @property
     def task(self) -> tuple[Tensor, Tensor]:
         """Items of the task loss; two numbers that differ only where the task has two targets."""
-        return self.counts[0], self.counts[1]
+        return self.counts[0].long(), self.counts[1].long()
 
     @property
     def kd(self) -> Tensor:
-        """Items the teacher teaches."""
-        return self.counts[2]
+        """Items the teacher teaches, or the sum of their weights in float32."""
+        return self.counts[2].float() if self.counts.is_floating_point() else self.counts[2]
 
     @property
     def labelled(self) -> Tensor:
         """Rows with a label."""
-        return self.counts[3]
+        return self.counts[3].long()
 
     @property
     def rows(self) -> Tensor:
         """Rows, those that ranks repeat left out."""
-        return self.counts[4]
+        return self.counts[4].long()
 
     @property
     def units(self) -> Tensor:
         """(units,) the items of the matches between layers."""
-        return self.counts[5:]
+        return self.counts[5:].long()
+
+
+def divisor(count: Tensor) -> Tensor:
+    """The count, or 1 where there is nothing to divide."""
+    return torch.where(count > 0, count, 1)
+
+
+def with_item_weights(counts: Tensor, total: Tensor) -> Tensor:
+    """Counts in which the sum of the KD items' weights stands for their number.
+
+    Args:
+        counts: (5,) int64, as of `Items.counts`.
+        total: scalar, the sum of the weights.
+    """
+    # float64 holds every count exactly; not all devices have it.
+    counts = counts.to(torch.float32 if counts.device.type == "mps" else torch.float64)
+    return torch.cat([counts[:2], total.to(counts.dtype)[None], counts[3:]])
 
 
 def mark_repeated_rows(inputs: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """The flat face of the configuration: `TrainingArguments` with the fields of a distillation."""
 
+import contextlib
 import copy
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +22,25 @@ _FLAT = (
     "attention_weight",
     "attention_loss",
     "layer_mapping",
+    "kd_options",
+    "temperature_schedule",
+    "temperature_final",
+    "temperature_squared",
+    "logit_transform",
+    "teacher_scale",
+    "item_weights",
+    "weight_schedules",
+    "loss_balance",
+)
+# Of these nobody reads anything where the logits have no weight.
+_OF_THE_LOGITS = (
+    "kd_options",
+    "temperature_schedule",
+    "temperature_final",
+    "temperature_squared",
+    "logit_transform",
+    "teacher_scale",
+    "item_weights",
 )
 
 
@@ -46,6 +67,12 @@ class DistillationTrainingArguments(TrainingArguments):
         "model_init_kwargs",
         "distillation_config",
         "layer_mapping",
+        "temperature",
+        "kd_options",
+        "teacher_scale",
+        "item_weights",
+        "weight_schedules",
+        "loss_balance",
     ]
 
     preset: str | None = field(
@@ -72,11 +99,53 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     kd_loss: str = _unless_given(
         "Distance of the logits: forward_kl (the default; Hinton et al. 2015; multi-label heads take "
-        "binary_forward_kl, regression heads logit_mse in its place) or logit_mse."
+        "binary_forward_kl, regression heads logit_mse in its place), reverse_kl, jsd, dkd or another; see "
+        "docs/objectives.md."
     )
-    temperature: float = _unless_given(
-        "T > 0 in softmax(logits / T) of teacher and student, 2 unless a preset or a config has another; the loss is "
-        "multiplied by T squared, so that its gradient stays comparable."
+    kd_options: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Options of kd_loss as JSON, such as '{\"beta\": 0.1}' of jsd."}
+    )
+    temperature: float | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={
+            "help": "T > 0 in softmax(logits / T) of teacher and student, 2 unless a preset or a config has another; "
+            "the loss is multiplied by T squared, so that its gradient stays comparable. Or a policy as JSON, such as "
+            '\'{"policy": "adaptive", "signal": "teacher_entropy", "min": 2, "max": 10}\'.'
+        },
+    )
+    temperature_schedule: str | None = field(
+        default=None,
+        metadata={"help": "How T goes from temperature to temperature_final: linear, cosine or exponential."},
+    )
+    temperature_final: float | None = field(default=None, metadata={"help": "T at the end of the training."})
+    temperature_squared: bool | None = field(
+        default=None, metadata={"help": "Whether the loss is multiplied by T squared; it is, unless this is False."}
+    )
+    logit_transform: str | None = field(
+        default=None,
+        metadata={"help": "Of both models' logits before they are compared: standardize (LSKD), or none."},
+    )
+    teacher_scale: float | str | dict[str, Any] | None = field(
+        default=None,
+        metadata={"help": "Factor on the teacher's logits: a number, or a schedule as JSON (Annealing-KD)."},
+    )
+    item_weights: dict[str, Any] | str | list | None = field(
+        default=None,
+        metadata={
+            "help": "What some items weigh more in the logits' term, as JSON: by phrases, column, group or teacher, "
+            'such as \'[{"by": "phrases", "file": "terms.txt", "boost": 0.3}]\'.'
+        },
+    )
+    weight_schedules: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": 'Factors on the weights over the training by the terms\' names, as JSON: \'{"hidden": "warmup", '
+            '"kd": {"kind": "linear", "from": 1, "to": 0}}\'.'
+        },
+    )
+    loss_balance: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={"help": "How the terms are weighed against each other while training: uncertainty or magnitude."},
     )
     hidden_weight: float = _unless_given(
         "Weight of the distance of the hidden states, layer by layer (the match called hidden), 0 unless a preset or "
@@ -128,6 +197,12 @@ class DistillationTrainingArguments(TrainingArguments):
             self.distillation_config = DistillationConfig.load(self.distillation_config).to_dict()
         if self.layer_mapping is not None:
             self.layer_mapping = write_map(read_map(self.layer_mapping, "layer_mapping"))
+        for name in ("temperature", "teacher_scale"):  # as they come from a command line
+            if isinstance(value := getattr(self, name), str):
+                with contextlib.suppress(ValueError):
+                    setattr(self, name, float(value))
+        if isinstance(self.item_weights, str):  # Trainer's own reading of JSON knows no lists
+            self.item_weights = json.loads(self.item_weights)
         _ = self.distillation
         self._check_readers()
 
@@ -163,6 +238,9 @@ class DistillationTrainingArguments(TrainingArguments):
 
     def _check_readers(self) -> None:
         """Refuses a loss or a map that no term reads. A search that tries a weight of 0 may keep its loss."""
+        for name in _OF_THE_LOGITS:
+            if (value := getattr(self, name)) is not None and self.kd_weight == 0:
+                raise ValueError(f"{name}={value!r}, but kd_weight is 0, so nobody reads it. Set the weight.")
         weights = {"hidden": self.hidden_weight, "attention": self.attention_weight}
         for name, weight in weights.items():
             if (loss := getattr(self, f"{name}_loss")) is not None and weight == 0:

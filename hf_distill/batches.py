@@ -12,6 +12,8 @@ from hf_distill.items import IGNORE_INDEX, LABEL_MASK, ROW_MASK, Items, find_ite
 from hf_distill.pairing import ModelPair
 from hf_distill.signals import Task
 
+# What the teacher says about a batch, where it had to be asked before the step: a TeacherOutput among the inputs.
+TEACHER_OUTPUT = f"{TEACHER_PREFIX}output"
 TARGETS = ("labels", "shift_labels", "start_positions", "end_positions")
 
 
@@ -24,7 +26,7 @@ class Batch:
         teacher: the teacher's inputs: its own columns where there are any, else the student's and what only it takes.
         items: what enters the terms.
         all_labelled: whether, as the host knows, no row is left out of the task loss.
-        extras: the columns that only matches between layers read: masks and domains.
+        extras: the columns that neither model reads: masks and domains of matches, weights and groups of items.
     """
 
     student: dict[str, Any]
@@ -48,7 +50,8 @@ def student_inputs(
     inputs: Mapping[str, Any], pair: ModelPair, extra_columns: frozenset[str] = frozenset()
 ) -> dict[str, Any]:
     """Those of a batch's entries that the student's forward gets: nothing of the teacher's or of ours."""
-    apart = (*pair.teacher_only_inputs, *extra_columns, LABEL_MASK, ROW_MASK)
+    no_targets = TARGETS if pair.task is Task.EMBEDDING else ()  # a model without a head may have rows with scores
+    apart = (*pair.teacher_only_inputs, *extra_columns, *no_targets, LABEL_MASK, ROW_MASK)
     return {name: value for name, value in inputs.items() if not name.startswith(TEACHER_PREFIX) and name not in apart}
 
 

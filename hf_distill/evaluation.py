@@ -11,6 +11,7 @@ from transformers.trainer_utils import BestRun, EvalLoopOutput
 
 from hf_distill.accounting import TermMeter, mark_repeated_rows
 from hf_distill.batches import TARGETS, Batch, student_inputs
+from hf_distill.item_weights import ItemWeights
 from hf_distill.matching.plan import batch_columns
 from hf_distill.models.heads import input_names
 from hf_distill.pairing import ModelPair
@@ -42,9 +43,16 @@ class EvaluationMixin(TrainerBase):
     _pair: ModelPair
     teacher: Teacher | None
     split: Callable[[Mapping[str, Any]], Batch]
+    _item_weights: ItemWeights | None
 
     @property
     def _extra_columns(self) -> frozenset[str]:
+        """The columns of a batch that neither model reads."""
+        columns = self._match_columns
+        return columns if self._item_weights is None else columns | self._item_weights.columns
+
+    @property
+    def _match_columns(self) -> frozenset[str]:
         args: Any = self.args
         columns = batch_columns(args.distillation.matches)
         if not columns:  # read several times a step
@@ -90,7 +98,7 @@ class EvaluationMixin(TrainerBase):
                 getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"]
             )
         logits = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
-        labels: Any = nested_detach(tuple(student[name] for name in self.label_names if name in student))
+        labels: Any = nested_detach(tuple(inputs[name] for name in self.label_names if name in inputs))
         if len(labels) < len(self.label_names) or not labels:
             labels = None
         elif len(labels) == 1:
@@ -121,6 +129,9 @@ class EvaluationMixin(TrainerBase):
         for metric in ("kd", "agreement"):
             if metric in totals and totals.get("kd_items"):
                 metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals["kd_items"]
+        for name in () if self._item_weights is None else self._item_weights.group_names.values():
+            if totals.get(f"group_items_{name}"):
+                metrics[f"{metric_key_prefix}_loss_{name}"] = totals[f"group_{name}"] / totals[f"group_items_{name}"]
         return output._replace(metrics=metrics)
 
     def hyperparameter_search(

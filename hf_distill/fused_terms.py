@@ -1,16 +1,20 @@
 """Task and logit term of a language model in one pass over its logits, with one gradient between them."""
 
+from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from hf_distill.accounting import StepCounts
+from hf_distill.accounting import StepCounts, divisor
 from hf_distill.batches import Batch
-from hf_distill.items import IGNORE_INDEX
+from hf_distill.config import LogitTerm
 from hf_distill.losses.fused import cross_entropy_and_forward_kl
+from hf_distill.objective import LogitSignals
 from hf_distill.progress import ActiveTerms
 from hf_distill.signals import Task
+from hf_distill.targets import next_tokens
+from hf_distill.temperature import LearnedTemperature
 
 # Two ways to sum one cross-entropy agree better; a head that adds anything to it is further off.
 _TOLERANCE = 2e-5
@@ -36,17 +40,17 @@ class FusedTerms:
             and task in (Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM)
             and terms.task.weight > 0
             and terms.logits.weight > 0
-            and terms.logits.loss == "forward_kl"
+            and _is_plain_kl(terms.logits)
             and bool(batch.labels)
         )
 
     def __call__(
         self,
         outputs: Any,
-        teacher_logits: Tensor,
+        signals: LogitSignals,
         batch: Batch,
         counts: StepCounts,
-        terms: ActiveTerms,
+        weights: Mapping[str, Any],
         *,
         task: Task,
         overwrite_teacher: bool,
@@ -55,27 +59,30 @@ class FusedTerms:
 
         Args:
             outputs: the student's output; until `accepted` with its own loss.
-            teacher_logits: (batch, length, classes), aligned; student and teacher share these leading classes.
+            signals: one pair of (batch, length, classes) logits, aligned: student and teacher share these leading
+                classes.
             batch: the batch.
             counts: the divisors.
-            terms: the weights and the temperature.
+            weights: of the terms `task` and `kd`: numbers, or scalars without a graph.
             task: what both heads predict.
             overwrite_teacher: whether the gradient may be written over `teacher_logits`.
 
         Returns: three float32 scalars; the first carries the graph.
         """
         (mask,) = batch.items.task
+        ((_, teacher_logits),) = signals.pairs
         if teacher_logits.shape[:-1] != mask.shape:
             return None  # the terms apart say what is wrong
-        task_share = mask / counts.task[0].clamp(min=1)
-        kd_share = batch.items.kd / counts.kd.clamp(min=1)
+        task_share = mask / divisor(counts.task[0])
+        kept = batch.items.kd if signals.weights is None else torch.where(batch.items.kd, signals.weights, 0.0)
+        kd_share = kept / divisor(counts.kd)
         loss, cross_entropy, kl = cross_entropy_and_forward_kl(
             outputs["logits"],
             teacher_logits,
-            _targets(batch, task),
-            task_weights=terms.task.weight * task_share,
-            kd_weights=terms.logits.weight * kd_share,
-            temperature=terms.logits.temperature,
+            next_tokens(batch, task),
+            task_weights=weights["task"] * task_share,
+            kd_weights=weights["kd"] * kd_share,
+            temperature=signals.temperatures[0],
             overwrite_teacher=overwrite_teacher and self.accepted is True,
         )
         if self.accepted is None:
@@ -92,9 +99,7 @@ class FusedTerms:
             self.accepted = bool(difference <= _TOLERANCE)
 
 
-def _targets(batch: Batch, task: Task) -> Tensor:
-    """(batch, length) the class that each position should predict, in the layout of the logits; -100 for none."""
-    if "shift_labels" in batch.labels:
-        return batch.labels["shift_labels"]
-    labels = batch.labels["labels"]
-    return F.pad(labels[..., 1:], (0, 1), value=IGNORE_INDEX) if task is Task.CAUSAL_LM else labels
+def _is_plain_kl(term: LogitTerm) -> bool:
+    """Whether it is the KL of the logits as they are, whose temperature gets no gradient."""
+    as_is = term.loss == "forward_kl" and term.transform == "none" and term.teacher_scale == 1
+    return as_is and term.temperature_squared and not isinstance(term.temperature, LearnedTemperature)

@@ -1,5 +1,6 @@
 """From the matches asked for to the terms of a training, refusing before the first step what cannot work."""
 
+from collections.abc import Callable
 from copy import deepcopy
 from itertools import islice
 from typing import Any
@@ -11,14 +12,15 @@ from hf_distill.batches import TARGETS
 from hf_distill.config import ALWAYS, MatchTerm
 from hf_distill.dataset_checks import is_indexed, random_states_kept
 from hf_distill.gathering import gather_rows
-from hf_distill.matching import LayerTerms, plan_layers
+from hf_distill.learned import learned_modules
+from hf_distill.matching import NOTHING, LayerTerms, plan_layers
 from hf_distill.models.architectures import layerdrop
 from hf_distill.models.heads import decoder_inputs, task_model
 from hf_distill.signals import Task
 
 
 def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
-    """The terms between layers that a trainer's arguments ask for, or None.
+    """The terms between layers that a trainer's arguments ask for, and what else trains; None without either.
 
     Both models see the training set's first rows, without a trace: so widths, heads and lengths are known, every
     match is computed once, and what does not fit is refused now.
@@ -31,11 +33,15 @@ def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
         ValueError: a match that cannot work, with the reason and the remedy.
     """
     terms = tuple(match for match in trainer.args.distillation.matches if match.weight > 0)
-    if not terms or trainer.train_dataset is None:
+    learned = learned_modules(trainer.args.distillation, seed=trainer.args.seed)
+    if not (terms or learned) or trainer.train_dataset is None:
         return None
+    _check_sharding(trainer, [*(f"match {term.name!r}" for term in terms), *learned][0])
+    _place(trainer, student)
+    if not terms:
+        return _attached_once(LayerTerms(NOTHING, student, None, **_surroundings(trainer), learned=learned), student)
     teacher = trainer.teacher if any(term.asks_teacher for term in terms) else None
     _check_models(trainer, student, terms)
-    _place(trainer, student)
     batch = trainer.split(trainer._prepare_inputs(_first_batch(trainer)))
     arguments = {name: value for name, value in batch.student.items() if name not in TARGETS}
     if trainer._pair.task is Task.SEQ2SEQ_LM and "decoder_input_ids" not in arguments and "labels" in batch.labels:
@@ -50,19 +56,29 @@ def make_layer_terms(trainer: Any, student: nn.Module) -> LayerTerms | None:
             special_tokens=trainer._special_tokens,
             other_tokens=trainer._pair.needs_teacher_inputs,
         )
-    layers = LayerTerms(
-        plan,
-        student,
-        teacher,
-        seed=trainer.args.seed,
-        special_tokens=trainer._special_tokens,
-        gather=lambda rows: gather_rows(rows, trainer.accelerator),
-        rank=trainer.accelerator.process_index,
-    )
-    layers.start(student)  # PEFT may refuse the modules
-    try:
+    layers = LayerTerms(plan, student, teacher, **_surroundings(trainer), learned=learned)
+
+    def try_once() -> None:
         with trainer.accelerator.autocast():
             layers.try_once(batch, arguments)
+
+    return _attached_once(layers, student, try_once)
+
+
+def _surroundings(trainer: Any) -> dict[str, Any]:
+    return {
+        "seed": trainer.args.seed,
+        "special_tokens": trainer._special_tokens,
+        "gather": lambda rows: gather_rows(rows, trainer.accelerator),
+        "rank": trainer.accelerator.process_index,
+    }
+
+
+def _attached_once(layers: LayerTerms, student: nn.Module, run: Callable[[], None] = lambda: None) -> LayerTerms:
+    """The terms, after they were attached for a run: PEFT may refuse the modules."""
+    layers.start(student)
+    try:
+        run()
     finally:
         layers.stop()
     return layers
@@ -112,12 +128,15 @@ def _read_once(dataset: Any) -> bool:
     return not is_indexed(dataset) and iter(dataset) is iter(dataset)
 
 
-def _check_models(trainer: Any, student: nn.Module, terms: tuple[MatchTerm, ...]) -> None:
+def _check_sharding(trainer: Any, what: str) -> None:
     if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
         raise ValueError(
-            f"Match {terms[0].name!r} reads the student's layers, which FSDP and DeepSpeed (ZeRO) take apart: this is "
-            "untested, so it is refused. Train with DDP, or set the weights of all matches to 0."
+            f"The {what} trains or reads something inside the student, which FSDP and DeepSpeed (ZeRO) take apart: "
+            "this is untested, so it is refused. Train with DDP, or drop matches, learned temperature and balance."
         )
+
+
+def _check_models(trainer: Any, student: nn.Module, terms: tuple[MatchTerm, ...]) -> None:
     teacher = trainer.teacher
     asking = [term.name for term in terms if term.asks_teacher]
     if asking and teacher is None:
@@ -142,6 +161,14 @@ def _check_models(trainer: Any, student: nn.Module, terms: tuple[MatchTerm, ...]
         raise ValueError(
             f"Match {windows[0]!r} is on in a part of the training only, and DDP would wait for the gradient of its "
             "projections in the rest. Set ddp_find_unused_parameters=True."
+        )
+    pooler: Any = getattr(task_model(student), "pooler", None)
+    unread = trainer._pair.task is Task.EMBEDDING and not any(term.student.path == "pooler" for term in terms)
+    unread = unread and pooler is not None and any(parameter.requires_grad for parameter in pooler.parameters())
+    if unread and waits and trainer.accelerator.num_processes > 1:
+        raise ValueError(
+            f"No match reads the pooler of the student ({type(task_model(student)).__name__}), and DDP would wait for "
+            "its gradient. Set ddp_find_unused_parameters=True, or load the student with add_pooling_layer=False."
         )
     attentive = [term.name for term in terms if term.student.is_attention]
     if not attentive:

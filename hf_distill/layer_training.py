@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_distill.config import DistillationConfig
 from hf_distill.layer_setup import make_layer_terms
+from hf_distill.learned import learned_settings, make_balancer
 from hf_distill.models.modules import check_modules, learning_rate_groups, load_modules, lost_keys, save_modules
 from hf_distill.step import StepMixin
 
@@ -15,26 +17,38 @@ from hf_distill.step import StepMixin
 class LayerTrainingMixin(StepMixin):
     """The life of the terms between layers: planned with the trainer, attached for a training, in its checkpoints."""
 
+    _planned: tuple[Any, ...]
+
     def _plan_layers(self, student: nn.Module) -> None:
         """Checks the terms between layers against both models, and makes ready what they need."""
         if self._layers is not None:
             self._layers.stop()
         self._signature_columns = None  # other terms may read other columns
         self._layers = make_layer_terms(self, student)
+        self._balancer = None if self._layers is None else make_balancer(self._terms, self._layers.modules)
+        self._planned = self._what_to_plan()
+
+    @property
+    def _terms(self) -> DistillationConfig:
+        return self.args.distillation
+
+    def _what_to_plan(self) -> tuple[Any, ...]:
+        matches = tuple(replace(match, weight=1.0) for match in self._terms.matches if match.weight > 0)
+        return matches, learned_settings(self._terms)
 
     def _start_layers(self) -> None:
         """Attaches the terms between layers; plans them anew if a hyperparameter search has changed them."""
-        terms = tuple(replace(match, weight=1.0) for match in self.args.distillation.matches if match.weight > 0)
-        planned = () if self._layers is None else tuple(match.term for match in self._layers.plan.matches)
-        if terms != tuple(replace(term, weight=1.0) for term in planned):
+        if self._what_to_plan() != self._planned:
             self._plan_layers(self.model)
-            # An optimizer and a DDP wrapper of an earlier training know nothing of new projections.
-            if self.state.global_step > 0 and self._layers is not None and self._layers.plan.projections:
+            # An optimizer and a DDP wrapper of an earlier training know nothing of new modules.
+            if self.state.global_step > 0 and self._layers is not None and self._layers.modules:
                 self.optimizer, self.lr_scheduler, self.model_wrapped = None, None, self.model
-        if terms and self._layers is None:
+        matches, learned = self._planned
+        names = [*(f"match {match.name!r}" for match in matches), *learned]
+        if names and self._layers is None:
             raise ValueError(
-                f"Match {terms[0].name!r} is planned on the first rows of train_dataset, which is None. Pass "
-                "train_dataset, even where get_train_dataloader is your own."
+                f"The {names[0]} is planned on the first rows of train_dataset, which is None. Pass train_dataset, "
+                "even where get_train_dataloader is your own."
             )
         if self._layers is not None:
             self._layers.start(self.model)
@@ -53,10 +67,12 @@ class LayerTrainingMixin(StepMixin):
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._layers is not None and self._layers.is_attached:
             factors = {} if optimizer is known else self._layers.learning_rate_factors
-            learning_rate_groups(optimizer, self.model, factors)
+            learning_rate_groups(optimizer, self.model, factors, without_decay=frozenset(self._layers.learned))
         return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self._balancer is not None:
+            self._balancer.settle(self.accelerator)
         super()._save_optimizer_and_scheduler(output_dir)
         if self._layers is not None:
             save_modules(self.model, output_dir, is_main_process=self.args.should_save)

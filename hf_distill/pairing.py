@@ -44,11 +44,10 @@ class ModelPair:
             ValueError: the shapes differ, e.g. because the teacher read other tokens.
         """
         pairs = [
-            (
-                ordered_classes(student, order=None, classes=self.classes),
-                ordered_classes(teacher.to(student.device), order=self.order, classes=self.classes),
+            (ordered_classes(student, order=None, classes=self.classes), teacher)
+            for student, teacher in zip(
+                student_logits, self.align_teacher(teacher_logits, student_logits[0].device), strict=True
             )
-            for student, teacher in zip(student_logits, teacher_logits, strict=True)
         ]
         for student, teacher in pairs:
             if student.shape != teacher.shape:
@@ -59,6 +58,10 @@ class ModelPair:
                     "tokens to one of them (prompt tuning)."
                 )
         return pairs
+
+    def align_teacher(self, logits: tuple[Tensor, ...], device: torch.device) -> tuple[Tensor, ...]:
+        """The teacher's logits in the student's order of classes."""
+        return tuple(ordered_classes(each.to(device), order=self.order, classes=self.classes) for each in logits)
 
 
 def pair_models(
@@ -72,19 +75,22 @@ def pair_models(
     """The pairing of a student and a teacher.
 
     Args:
-        student: a Transformers model with a head, PEFT or not.
+        student: a Transformers model with or without a head, PEFT or not.
         teacher: likewise; None where no teacher is asked.
         student_tokenizer: what the student's text was tokenized with, if known.
         teacher_tokenizer: the teacher's tokenizer, if known.
         device: where the pairing's index tensors live.
 
     Raises:
-        ValueError: the teacher's head serves another task; its labels or its vocabulary are others.
+        ValueError: the teacher's head serves another task than the student's, or a student without a head cannot learn
+            from it; its labels or its vocabulary are others.
     """
     if teacher is None:
         return ModelPair(find_task(student), None, None, frozenset(), frozenset())
     student_task, teacher_task = find_task(student), find_task(teacher)
-    if student_task is not teacher_task:
+    if student_task is Task.EMBEDDING:
+        _check_embeds(teacher, teacher_task)
+    elif student_task is not teacher_task:
         raise ValueError(
             f"The student ({type(task_model(student)).__name__}) does {student_task}, the teacher "
             f"({type(task_model(teacher)).__name__}) {teacher_task}. Logits compare only within one task: load the "
@@ -103,10 +109,20 @@ def pair_models(
         order=None if order is None else torch.tensor(order, device=device),
         teacher_inputs=input_names(teacher),
         teacher_only_inputs=input_names(teacher) - input_names(student),
-        problem_type=_problem_type(student_config, teacher_config),
+        problem_type=None if student_task is Task.EMBEDDING else _problem_type(student_config, teacher_config),
         needs_teacher_inputs=not (student_tokens is None or teacher_tokens is None)
         and not is_extension(student_tokens, teacher_tokens),
     )
+
+
+def _check_embeds(teacher: nn.Module, task: Task) -> None:
+    """Refuses a teacher that cannot read a batch of texts alone; its head, if it has one, does not matter."""
+    if task in (Task.SEQ2SEQ_LM, Task.MULTIPLE_CHOICE):
+        raise ValueError(
+            f"The student has no head, and the teacher ({type(task_model(teacher)).__name__}) does {task}: it reads "
+            "more than the student's one text a row. Load it without its head: AutoModel, or AutoModelForTextEncoding "
+            "for the encoder of an encoder-decoder model."
+        )
 
 
 def _problem_type(student_config: Any, teacher_config: Any) -> str | None:

@@ -2,22 +2,42 @@
 
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any, TypeVar
 
-from hf_distill.config import DistillationConfig, LogitTerm, MatchTerm, TaskTerm
+from hf_distill.config import ALWAYS, DistillationConfig, LogitTerm, MatchTerm, TaskTerm
+from hf_distill.schedules import Schedule
+from hf_distill.temperature import TemperaturePolicy
+
+# How closely the training is looked through for moments without any term.
+_MOMENTS = 1000
+AnyTerm = TypeVar("AnyTerm", TaskTerm, LogitTerm, MatchTerm)
 
 
 @dataclass(frozen=True)
 class ActiveTerms:
-    """The terms of a `DistillationConfig` that are on; those that are off have weight 0, or are left out."""
+    """The terms of a `DistillationConfig` at one moment: weights and temperatures that are scheduled are numbers here.
+
+    Terms that are off have weight 0, or are left out.
+    """
 
     task: TaskTerm
     logits: LogitTerm
     matches: tuple[MatchTerm, ...] = ()
+    progress: float = 0.0
 
     @property
     def need_teacher(self) -> bool:
         """Whether any of them asks the teacher."""
         return self.logits.weight > 0 or any(match.asks_teacher for match in self.matches)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term by its name."""
+        return {
+            "task": self.task.weight,
+            "kd": self.logits.weight,
+            **{match.name: match.weight for match in self.matches},
+        }
 
 
 def terms_at(config: DistillationConfig, progress: float) -> ActiveTerms:
@@ -27,12 +47,36 @@ def terms_at(config: DistillationConfig, progress: float) -> ActiveTerms:
         config: all terms.
         progress: the share of the training that is done, in [0, 1].
     """
-    task, logits = config.task, config.logits
     return ActiveTerms(
-        task=task if _is_on(task.active, progress) else replace(task, weight=0.0),
-        logits=logits if _is_on(logits.active, progress) else replace(logits, weight=0.0),
-        matches=tuple(match for match in config.matches if match.weight > 0 and _is_on(match.active, progress)),
+        task=_now(config.task, progress),
+        logits=logits_at(config.logits, progress),
+        # A match stays on while its scheduled weight is 0, since DDP waits for its projections.
+        matches=tuple(_now(match, progress) for match in config.matches if match.weight > 0 and match.is_on(progress)),
+        progress=progress,
     )
+
+
+def _now(term: AnyTerm, progress: float) -> AnyTerm:
+    weight = term.weight_at(progress)
+    if weight == term.weight and term.weight_schedule is None:
+        return term
+    return replace(term, weight=weight, weight_schedule=None)
+
+
+def logits_at(term: LogitTerm, progress: float) -> LogitTerm:
+    """The logit term with what is scheduled in it as numbers."""
+    term = _now(term, progress)
+    changes: dict[str, Any] = {}
+    if isinstance(term.temperature, TemperaturePolicy):
+        changes["temperature"] = term.temperature.at(progress)
+    if isinstance(term.teacher_scale, Schedule):
+        changes["teacher_scale"] = term.teacher_scale.at(progress)
+    return replace(term, **changes) if changes else term
+
+
+def evaluation_term(config: DistillationConfig) -> LogitTerm:
+    """The logit term as evaluations measure it: what is scheduled as at the end, so that they compare."""
+    return logits_at(replace(config.logits, weight=1.0, weight_schedule=None, active=ALWAYS), 1.0)
 
 
 def check_coverage(config: DistillationConfig) -> None:
@@ -41,16 +85,19 @@ def check_coverage(config: DistillationConfig) -> None:
     Raises:
         ValueError: with the part in which nothing is learned.
     """
-    windows = [term.active for term in (config.task, config.logits, *config.matches) if term.weight > 0]
-    bounds = sorted({0.0, 1.0, *(bound for window in windows for bound in window)})
-    for start, end in pairwise(bounds):
-        if not any(_is_on(window, start) for window in windows):
-            raise ValueError(
-                f"No term is active between {start:.0%} and {end:.0%} of the training. Let the windows (`active`) of "
-                "the terms with a weight cover all of [0, 1]."
-            )
+    bounds = {bound for term in config.terms.values() for bound in term.active}
+    moments = sorted({*bounds, *(number / _MOMENTS for number in range(_MOMENTS + 1))})
+    # Between two moments: at a single one, such as the first of a warm-up from 0, all weights may be 0.
+    parts = [(start, end) for start, end in pairwise(moments) if _is_empty(config, (start + end) / 2)]
+    if parts:
+        start = end = parts[0][0]
+        for first, last in parts:
+            end = last if first == end else end
+        raise ValueError(
+            f"No term is active between {start:.0%} and {end:.0%} of the training. Let the windows (`active`) and "
+            "schedules of the terms with a weight cover all of [0, 1]."
+        )
 
 
-def _is_on(window: tuple[float, float], progress: float) -> bool:
-    start, end = window
-    return start <= progress < end or (end == 1 and progress >= 1)
+def _is_empty(config: DistillationConfig, progress: float) -> bool:
+    return all(term.weight_at(progress) == 0 for term in config.terms.values())

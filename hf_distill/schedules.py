@@ -160,6 +160,18 @@ class Schedule:
                 return min(max(value, min(initial, final)), max(initial, final))
         return knots[-1][1]
 
+    def within(self, start: float, end: float) -> "Schedule":
+        """The same course in a part of the training: before and after it, its first and its last number."""
+
+        def placed(progress: float) -> float:
+            return min(start + (end - start) * progress, 1.0)
+
+        if self.points:
+            return Schedule(self.kind, points=tuple((placed(progress), value) for progress, value in self.points))
+        if self.kind == "constant":
+            return self
+        return Schedule(self.kind, self.initial, self.final, placed(self.start), placed(self.end))
+
     @property
     def lowest(self) -> float:
         """The least of its numbers."""

@@ -11,7 +11,10 @@ from hf_distill.features import Feature
 
 
 class Task(str, Enum):
-    """What a model's head predicts. The values are the names users meet in errors and in `compute_metrics_for`."""
+    """What a model's head predicts. The values are the names users meet in errors and in `compute_metrics_for`.
+
+    `EMBEDDING` is that of a model without a head: it has no logits, and only what is inside it can be compared.
+    """
 
     SEQUENCE_CLASSIFICATION = "sequence_classification"
     TOKEN_CLASSIFICATION = "token_classification"
@@ -21,6 +24,7 @@ class Task(str, Enum):
     CAUSAL_LM = "causal_lm"
     SEQ2SEQ_LM = "seq2seq_lm"
     CTC = "ctc"
+    EMBEDDING = "embedding"
 
     def __str__(self) -> str:
         return self.value
@@ -41,7 +45,7 @@ class Task(str, Enum):
         return self in (Task.SEQUENCE_CLASSIFICATION, Task.TOKEN_CLASSIFICATION)
 
 
-_ROW_TASKS = frozenset({Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.QUESTION_ANSWERING})
+_ROW_TASKS = frozenset({Task.SEQUENCE_CLASSIFICATION, Task.MULTIPLE_CHOICE, Task.QUESTION_ANSWERING, Task.EMBEDDING})
 _LANGUAGE_MODELS = frozenset({Task.MASKED_LM, Task.CAUSAL_LM, Task.SEQ2SEQ_LM, Task.CTC})
 
 
@@ -51,7 +55,7 @@ class TeacherOutput:
 
     Attributes:
         logits: one tensor (batch, classes) or (batch, length, classes); for question answering two of
-            (batch, length): the start and the end scores.
+            (batch, length): the start and the end scores; of a model without a head none.
         overwritable: whether nobody else holds these tensors, so that a loss may write its gradient over them.
         features: what was recorded inside the teacher, by its source: hidden states and module outputs as tensors,
             attention layers as `models.capture.AttentionRecord`.
@@ -100,11 +104,13 @@ class Scores:
 
 
 def read_logits(task: Task, outputs: Any) -> tuple[Tensor, ...]:
-    """The logits in a model's output, as in `TeacherOutput.logits`.
+    """The logits in a model's output, as in `TeacherOutput.logits`; none of a model without a head.
 
     Raises:
         ValueError: the output holds none, as with a fused loss that never forms them.
     """
+    if task is Task.EMBEDDING:
+        return ()
     names = ("start_logits", "end_logits") if task is Task.QUESTION_ANSWERING else ("logits",)
     values = [outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None) for name in names]
     logits = tuple(value for value in values if value is not None)

@@ -1,23 +1,35 @@
 """One batch through both models, and the loss that comes of it."""
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_distill.accounting import StepCounts, TermMeter
+from hf_distill.accounting import StepCounts, TermMeter, divisor, with_item_weights
 from hf_distill.arguments import DistillationTrainingArguments
-from hf_distill.batches import Batch
+from hf_distill.balancing import Balancer
+from hf_distill.batches import TEACHER_OUTPUT, Batch
+from hf_distill.config import LogitTerm
 from hf_distill.evaluation import EvaluationMixin
 from hf_distill.fused_terms import FusedTerms
-from hf_distill.matching import LayerTerms
+from hf_distill.gathering import gather_rows
+from hf_distill.item_weights import ItemWeights
+from hf_distill.learned import BALANCE, TEMPERATURE
+from hf_distill.losses.base import masked_sum
+from hf_distill.matching import LEARNED, LayerTerms
 from hf_distill.models.heads import decoder_inputs, problem_type, task_model
-from hf_distill.objective import agreement_sum, kd_sum
+from hf_distill.objective import LogitObjective, LogitSignals, agreement_sum
+from hf_distill.objective_checks import check_logit_term
 from hf_distill.pairing import ModelPair
-from hf_distill.progress import ActiveTerms, terms_at
+from hf_distill.progress import ActiveTerms, evaluation_term, terms_at
 from hf_distill.signals import Task, TeacherOutput, read_logits
-from hf_distill.task_loss import check_smoothing, is_sum, span_sums, task_loss
+from hf_distill.task_loss import check_smoothing, is_sum, item_losses, span_sums, task_loss
 from hf_distill.teachers import Teacher
+from hf_distill.temperature import LearnedTemperature
+from hf_distill.temperature_log import TemperatureMeter
+from hf_distill.weighting import ITEM_GROUP
 
 
 class StepMixin(EvaluationMixin):
@@ -28,20 +40,51 @@ class StepMixin(EvaluationMixin):
     teacher: Teacher | None
     _pair: ModelPair
     _meter: TermMeter
+    _temperatures: TemperatureMeter | None
     _fused: FusedTerms
     _layers: LayerTerms | None
+    _balancer: Balancer | None
+    _item_weights: ItemWeights | None
+    _step_weights: dict[str, Any]
 
     def active_terms(self) -> ActiveTerms:
         """The terms that are on at this step."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
         return terms_at(self.args.distillation, progress)
 
-    def count(self, batch: Batch) -> Tensor:
-        """(5 + units,) int64: the items of a batch, in the order of `StepCounts.counts`."""
-        items = batch.items.counts()
-        if self._layers is None or not self._layers.is_attached:
-            return items
-        return torch.cat([items, torch.stack(self._layers.counts(self.model, batch))])
+    def count(self, batch: Batch, teacher_output: TeacherOutput | None = None) -> Tensor:
+        """(5 + units,) the items of a batch, in the order of `StepCounts.counts`.
+
+        Args:
+            batch: the batch.
+            teacher_output: what the teacher says about it, where items are weighed by that.
+        """
+        counts = batch.items.counts()
+        weights = self._weights_of(batch, teacher_output)
+        if weights is not None:
+            counts = with_item_weights(counts, masked_sum(weights, batch.items.kd))
+        units = [] if self._layers is None or not self._layers.is_attached else self._layers.counts(self.model, batch)
+        return torch.cat([counts, torch.stack(units)]) if units else counts
+
+    def _weights_of(self, batch: Batch, teacher_output: TeacherOutput | None) -> Tensor | None:
+        """The weights of the KD items in their shape; None where all weigh alike."""
+        if self._item_weights is None:
+            return None
+        logits = (
+            None if teacher_output is None else self._pair.align_teacher(teacher_output.logits, batch.items.kd.device)
+        )
+        return self._item_weights(batch, logits)
+
+    def ask_teacher(self, batch: Batch, terms: ActiveTerms, *, training: bool) -> TeacherOutput | None:
+        """What the teacher says about a batch; None where nobody asks."""
+        if self.teacher is None or (training and not terms.need_teacher):
+            return None
+        if not training and self._pair.task is Task.EMBEDDING:  # matches are not evaluated
+            return None
+        records = training and any(match.asks_teacher for match in terms.matches)
+        # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
+        asked: dict[str, Any] = {"record": True} if records else {}
+        return self.teacher(batch.teacher, **asked)
 
     def compute_loss(
         self,
@@ -63,18 +106,15 @@ class StepMixin(EvaluationMixin):
         loss: Tensor | None
         terms = self.active_terms()
         batch = self.split(inputs)
-        teacher_output = None
-        if self.teacher is not None and (terms.need_teacher or not model.training):
-            records = model.training and any(match.asks_teacher for match in terms.matches)
-            # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
-            asked: dict[str, Any] = {"record": True} if records else {}
-            teacher_output = self.teacher(batch.teacher, **asked)
+        teacher_output = inputs.get(TEACHER_OUTPUT)
+        if teacher_output is None:
+            teacher_output = self.ask_teacher(batch, terms, training=model.training)
         if model.training:
             known = isinstance(num_items_in_batch, StepCounts)
-            counts = num_items_in_batch if known else StepCounts.of_batch(self.count(batch))
+            counts = num_items_in_batch if known else StepCounts.of_batch(self.count(batch, teacher_output))
             loss, outputs = self._training_loss(model, batch, counts, terms, teacher_output, fuse=not return_outputs)
         else:
-            loss, outputs = self._evaluation_loss(model, batch, terms, teacher_output)
+            loss, outputs = self._evaluation_loss(model, batch, teacher_output)
         return (loss, outputs) if return_outputs else loss
 
     def _training_loss(
@@ -91,24 +131,88 @@ class StepMixin(EvaluationMixin):
         is_plain = self.label_smoother is None and self.compute_loss_func is None
         fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
         arguments = self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted))
-        outputs, matched = self._forward(model, arguments, batch, counts, terms, teacher_output)
-        pairs = self._aligned(outputs, teacher_output) if terms.logits.weight > 0 else []
+        outputs, matched, learned = self._forward(model, arguments, batch, counts, terms, teacher_output)
+        objective = self._objective(terms.logits, batch, terms.progress, learned)
+        signals = None
+        if terms.logits.weight > 0:
+            pairs = self._aligned(outputs, teacher_output)
+            signals = objective.signals(pairs, batch, self._weights_of(batch, teacher_output))
+            if self._temperatures is not None:
+                self._temperatures.add_all(signals.temperatures, batch.items.kd)
+        weights = self._weights(terms)
         result: tuple[Tensor, Tensor | None, Tensor | None] | None = None
-        if fuse and teacher_output is not None:
+        if fuse and teacher_output is not None and signals is not None:
             overwrite = teacher_output.overwritable
             result = self._fused(
-                outputs, pairs[0][1], batch, counts, terms, task=self._pair.task, overwrite_teacher=overwrite
+                outputs, signals, batch, counts, weights, task=self._pair.task, overwrite_teacher=overwrite
             )
         if result is None:
-            result = self._terms_apart(outputs, pairs, batch, counts, terms)
+            result = self._terms_apart(outputs, objective, signals, batch, counts, weights)
         loss, task_share, kd_share = result
-        weights = {match.name: match.weight for match in terms.matches}
+        shares = {"task": task_share, "kd": kd_share, **matched}
+        known = {name: share for name, share in shares.items() if share is not None}
         if matched:
             loss = torch.stack([loss, *(weights[name] * share for name, share in matched.items())]).sum()
-        for name, share in {"task": task_share, "kd": kd_share, **matched}.items():
-            if share is not None:
-                self._meter.add(f"loss_{name}", share * counts.world_scale)
+        if learned:  # DDP waits for the gradient of what came out of the forward, also where a term is off
+            unread = [value.flatten()[:0].sum() for values in learned.values() for value in values.values()]
+            loss = torch.stack([loss, *(value.to(loss.dtype) for value in unread)]).sum()
+        if self._balancer is not None:
+            loss = self._balanced(loss, known, batch, counts, terms, learned.get(BALANCE, {}))
+        for name, share in known.items():
+            self._meter.add(f"loss_{name}", share * counts.world_scale)
         return loss if counts.world_scale == 1 else loss * counts.world_scale, outputs
+
+    def _weights(self, terms: ActiveTerms) -> dict[str, Any]:
+        """The weight of each term now: numbers, or scalars without a graph where the terms are balanced."""
+        weights: dict[str, Any] = terms.weights
+        if self._balancer is None:
+            return weights
+        factors = self._balancer.factors().items()
+        return weights | {name: weights[name] * factor for name, factor in factors if weights.get(name, 0) > 0}
+
+    def _balanced(
+        self,
+        loss: Tensor,
+        shares: Mapping[str, Tensor],
+        batch: Batch,
+        counts: StepCounts,
+        terms: ActiveTerms,
+        parameters: Mapping[str, Tensor],
+    ) -> Tensor:
+        """The loss with what the balance adds to it; the shares are taken down for the next steps."""
+        assert self._balancer is not None
+        self._balancer.note(shares)
+        part = batch.items.counts()[4] / divisor(counts.rows)
+        weighted = {name: terms.weights[name] * share.detach() for name, share in shares.items()}
+        penalty = self._balancer.penalty(parameters, weighted, part)
+        return loss if penalty is None else loss + penalty
+
+    def _objective(
+        self, term: LogitTerm, batch: Batch, progress: float, learned: Mapping[str, Mapping[str, Tensor]]
+    ) -> LogitObjective:
+        """The logit term for this batch's kind of head."""
+        temperature = None
+        if isinstance(term.temperature, LearnedTemperature):
+            temperature = self._learned_temperature(term.temperature, progress, learned.get(TEMPERATURE))
+        kind = self._problem_type(batch)
+        check_logit_term(self.args.distillation.logits, self._pair.task, kind, None)
+        return LogitObjective(
+            term,
+            self._pair.task,
+            kind,
+            learned=temperature,
+            gather=lambda rows: gather_rows(rows, self.accelerator),
+            rank=self.accelerator.process_index,
+            reduce=lambda numbers: self.accelerator.reduce(numbers, "sum"),
+        )
+
+    def _learned_temperature(
+        self, policy: LearnedTemperature, progress: float, parameters: Mapping[str, Tensor] | None
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """T as a function of student and teacher logits, with the parameters that came out of the forward."""
+        assert self._layers is not None
+        module: Any = self._layers.modules[TEMPERATURE]
+        return partial(module.of, reversal=policy.reversal(progress), parameters=parameters)
 
     def _forward(
         self,
@@ -118,14 +222,14 @@ class StepMixin(EvaluationMixin):
         counts: StepCounts,
         terms: ActiveTerms,
         teacher_output: TeacherOutput | None,
-    ) -> tuple[Any, dict[str, Tensor]]:
-        """The student's output, and its shares of the matches that are on."""
-        if self._layers is None or not terms.matches:
-            return model(**arguments), {}
+    ) -> tuple[Any, dict[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
+        """The student's output, its shares of the matches that are on, and the parameters of what else is learned."""
+        if self._layers is None or not (terms.matches or self._layers.learned):
+            return model(**arguments), {}, {}
         if not self._layers.is_attached:
             raise RuntimeError(
-                "The student is in training mode outside train(), and terms between layers exist inside train() "
-                "alone. Call model.eval() before compute_loss to look at a loss."
+                "The student is in training mode outside train(), and terms between layers, learned temperatures and "
+                "balanced weights exist inside train() alone. Call model.eval() before compute_loss to look at a loss."
             )
         masks = self._layers.masks(self.model, batch)
         with self._layers.recording(terms.matches, masks):
@@ -140,33 +244,35 @@ class StepMixin(EvaluationMixin):
             counts.units,
             epoch=int(self.state.epoch or 0),
         )
-        return recorded["student"], shares
+        return recorded["student"], shares, recorded["features"][LEARNED]
 
     def _terms_apart(
         self,
         outputs: Any,
-        pairs: list[tuple[Tensor, Tensor]],
+        objective: LogitObjective,
+        signals: LogitSignals | None,
         batch: Batch,
         counts: StepCounts,
-        terms: ActiveTerms,
+        weights: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """The weighted loss of a batch, and its shares of the terms before their weights."""
         weighted, task, kd = [], None, None
-        if terms.task.weight > 0:
+        if isinstance(weights["task"], Tensor) or weights["task"] > 0:
             task = self._task_loss(outputs, batch, counts) if batch.labels else self._nothing(outputs)
-            weighted.append(task if terms.task.weight == 1 else terms.task.weight * task)
-        if pairs:
-            total = kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=self._problem_type(batch))
-            kd = total / counts.kd.clamp(min=1)
-            weighted.append(terms.logits.weight * kd)
+            is_one = not isinstance(weights["task"], Tensor) and weights["task"] == 1
+            weighted.append(task if is_one else weights["task"] * task)
+        if signals is not None:
+            kd = objective.total(signals, batch) / divisor(counts.kd)
+            weighted.append(weights["kd"] * kd)
         return torch.stack(weighted or [self._nothing(outputs)]).sum(), task, kd
 
     def _nothing(self, outputs: Any) -> Tensor:
         """0 with a graph, since DDP waits for the head's gradient whatever the terms read; 0 * (-inf) would be NaN."""
-        return read_logits(self._pair.task, outputs)[0][:0].sum()
+        first, *_ = read_logits(self._pair.task, outputs) or (outputs[0],)
+        return first[:0].sum()
 
     def _evaluation_loss(
-        self, model: nn.Module, batch: Batch, terms: ActiveTerms, teacher_output: TeacherOutput | None
+        self, model: nn.Module, batch: Batch, teacher_output: TeacherOutput | None
     ) -> tuple[Tensor | None, Any]:
         """The task loss of a batch, with the sums of all metrics in the meter."""
         outputs = model(**self._student_arguments(batch, own_loss=bool(batch.labels)))
@@ -174,8 +280,10 @@ class StepMixin(EvaluationMixin):
         task = self._task_loss(outputs, batch, counts) if batch.labels else None
         if task is not None:
             self._add_task_loss(task, outputs, batch, counts)
+            self._add_group_losses(outputs, batch, kind)
         if pairs := self._aligned(outputs, teacher_output):
-            self._eval_meter.add("kd", kd_sum(pairs, batch, terms.logits, task=self._pair.task, problem_type=kind))
+            objective = self._objective(evaluation_term(self.args.distillation), batch, 1.0, {})
+            self._eval_meter.add("kd", objective.total(objective.signals(pairs, batch), batch))
             self._eval_meter.add("kd_items", counts.kd)
             agreement = agreement_sum(pairs, batch, task=self._pair.task, problem_type=kind)
             if agreement is not None:
@@ -190,6 +298,17 @@ class StepMixin(EvaluationMixin):
             self._eval_meter.add(f"task_{side}", total)
             self._eval_meter.add(f"task_items_{side}", counts.task[side])
 
+    def _add_group_losses(self, outputs: Any, batch: Batch, kind: str) -> None:
+        """The sums of the task loss in each group of rows, where weights follow them."""
+        if self._item_weights is None or ITEM_GROUP not in batch.extras:
+            return
+        losses = item_losses(outputs, batch, task=self._pair.task, problem_type=kind, config=self._student_config)
+        for values, mask in losses:
+            groups = self._item_weights.groups(batch, mask)
+            for number, name in enumerate(self._item_weights.group_names.values()):
+                self._eval_meter.add(f"group_{name}", masked_sum(values, mask & (groups == number)))
+                self._eval_meter.add(f"group_items_{name}", (mask & (groups == number)).sum())
+
     @property
     def _student_config(self) -> Any:
         return task_model(self.model).config
@@ -198,7 +317,7 @@ class StepMixin(EvaluationMixin):
         return problem_type(self._student_config, batch.labels.get("labels"), default=self._pair.problem_type)
 
     def _aligned(self, outputs: Any, teacher_output: TeacherOutput | None) -> list[tuple[Tensor, Tensor]]:
-        if teacher_output is None:
+        if teacher_output is None or self._pair.task is Task.EMBEDDING:
             return []
         return self._pair.align(read_logits(self._pair.task, outputs), teacher_output.logits)
 

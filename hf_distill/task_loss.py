@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from hf_distill.accounting import StepCounts
 from hf_distill.batches import Batch
 from hf_distill.losses.base import masked_sum
-from hf_distill.signals import Task
+from hf_distill.signals import Task, read_logits
+from hf_distill.targets import class_targets
 
 
 def task_loss(outputs: Any, batch: Batch, counts: StepCounts, *, task: Task, problem_type: str, config: Any) -> Tensor:
@@ -52,6 +53,28 @@ def span_sums(outputs: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         for (logits, positions), mask in zip(sides, batch.items.task, strict=True)
     ]
     return sums[0], sums[1]
+
+
+def item_losses(
+    outputs: Any, batch: Batch, *, task: Task, problem_type: str, config: Any
+) -> list[tuple[Tensor, Tensor]]:
+    """The task loss item by item: float32 values and the bool mask of those that count, for each of its targets.
+
+    Args:
+        outputs: the student's output.
+        batch: the batch, with labels.
+        task: what the head predicts.
+        problem_type: Transformers' name of the kind of sequence classification.
+        config: the student's config.
+    """
+    if (values := _row_losses(outputs, batch, task, problem_type, config)) is not None:
+        return [(values, batch.items.task[0])]
+    logits = read_logits(task, outputs)
+    targets = class_targets(batch, task, classes=logits[0].shape[-1])
+    return [
+        (F.cross_entropy(each.float().flatten(0, -2), label.flatten(), reduction="none").view(label.shape), mask)
+        for each, label, mask in zip(logits, targets, batch.items.task, strict=True)
+    ]
 
 
 def _span_task_loss(outputs: Any, batch: Batch, counts: StepCounts) -> Tensor:

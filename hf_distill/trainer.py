@@ -4,6 +4,7 @@ import inspect
 import os
 from collections import Counter
 from collections.abc import Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -19,12 +20,14 @@ from transformers import (
 
 from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
-from hf_distill.batches import Batch, split_batch
+from hf_distill.batches import TEACHER_OUTPUT, Batch, split_batch
 from hf_distill.collator import TEACHER_PREFIX, DistillationCollator
 from hf_distill.dataset_checks import check_batch, find_label, label_filler
 from hf_distill.fused_terms import FusedTerms
+from hf_distill.histograms import write_histogram
 from hf_distill.items import LABEL_MASK
 from hf_distill.layer_training import LayerTrainingMixin
+from hf_distill.logit_setup import check_logits, make_weights
 from hf_distill.models.heads import frame_mask, input_names
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import (
@@ -36,6 +39,9 @@ from hf_distill.setup import (
     teacher_tokenizer,
 )
 from hf_distill.teachers import Teacher, load_student, load_teacher
+from hf_distill.temperature import TemperaturePolicy
+from hf_distill.temperature_log import Histogram, TemperatureMeter
+from hf_distill.weighting import weighting_columns
 
 
 class DistillationMixin(LayerTrainingMixin):
@@ -79,9 +85,10 @@ class DistillationMixin(LayerTrainingMixin):
             set_seed(args.seed)  # a new head is part of the run, and `Trainer` seeds too late for it
             model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
         self._meter, self._eval_meter, self._windows = TermMeter(), TermMeter(), 0
-        self._fused = FusedTerms()
-        self._layers = None
+        self._fused, self._temperatures = FusedTerms(), None
+        self._layers, self._balancer, self._item_weights = None, None, None
         self._term_steps: Counter[str] = Counter()
+        self._starts, self._step_weights = True, {}
         self._teacher_tokenizer = teacher_processing_class
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False
@@ -99,7 +106,7 @@ class DistillationMixin(LayerTrainingMixin):
         # A collator of the user's own may make labels of columns by any name: then the first batch tells.
         common = self.data_collator is default_data_collator or type(self.data_collator) is DataCollatorWithPadding
         required = args.task_weight > 0 and common
-        label = find_label(self.train_dataset, self._pair.task, required=required)
+        self._some_label = label = find_label(self.train_dataset, self._pair.task, required=required)
         self._has_labels = label is not None
         self.data_collator = DistillationCollator(
             self.data_collator,
@@ -109,7 +116,16 @@ class DistillationMixin(LayerTrainingMixin):
             # The main process may make the batches of all (`dispatch_batches`, the default for streams).
             always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
+        self._plan_logits()
         self._plan_layers(self.model)
+
+    def _plan_logits(self) -> None:
+        """Checks the logit term, and makes ready what weighs its items."""
+        check_logits(self, self._some_label)
+        self._signature_columns = None  # other weights read other columns
+        self._weighted_by = self.args.distillation.logits.item_weights
+        collator: Any = self.data_collator
+        collator.row_weights, self._item_weights = make_weights(self, self._some_label)
 
     def _pair_with(self, student: nn.Module) -> ModelPair:
         return pair_models(
@@ -134,15 +150,30 @@ class DistillationMixin(LayerTrainingMixin):
             teacher_names = frozenset() if self.teacher is None else input_names(self.teacher.model)
             own = [*(TEACHER_PREFIX + name for name in sorted(teacher_names)), *sorted(self._pair.teacher_only_inputs)]
             columns: Any = self._signature_columns  # declared as None, whatever it holds
-            columns += [*own, LABEL_MASK, *sorted(self._extra_columns)]
+            weighting = weighting_columns(self.args.distillation.logits.item_weights)
+            columns += [*own, LABEL_MASK, *sorted(self._extra_columns | weighting)]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` and a hyperparameter search come here anew: nothing of the last try may be logged.
-        self._meter.reset()
-        self._windows, self._term_steps = 0, Counter()
+        self._reset_logs()
+        self._starts = True
+        if self.args.distillation.logits.item_weights != self._weighted_by:
+            self._plan_logits()
         check_arguments(self.args, self._arguments_class)
         check_teacher(self.teacher, self.args)
         return super()._inner_training_loop(*args, **kwargs)
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        collator: Any = self.data_collator
+        if collator.row_weights is None or kwargs.get("is_training", False):
+            return super()._get_dataloader(*args, **kwargs)
+        evaluating = copy(collator)
+        evaluating.row_weights = collator.row_weights.for_evaluation()
+        self.data_collator = evaluating
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def split(self, inputs: Mapping[str, Any]) -> Batch:
         """A collated batch, taken apart into what the student reads, what the teacher reads, and which items count."""
@@ -162,15 +193,22 @@ class DistillationMixin(LayerTrainingMixin):
         batches[-1] = mark_repeated_rows(batches[-1], self.accelerator)
         if self._windows == 0 and not self._has_labels:
             check_batch(batches[0], self._pair.task, self.args.task_weight)
-        counts = StepCounts.of_window(
-            [self.count(self.split(self._prepare_inputs(batch))) for batch in batches],
-            self.accelerator,
-            across_devices=self.args.average_tokens_across_devices,
-        )
+        if self._balancer is not None:
+            self._balancer.settle(self.accelerator)
+        if self._starts and self._item_weights is not None:
+            self._item_weights.replay(self.state.log_history)
+        self._starts = False
+        terms, items = self.active_terms(), []
+        for number, inputs in enumerate(batches):
+            batch, output = self.split(self._prepare_inputs(inputs)), None
+            if self._item_weights is not None and self._item_weights.needs_teacher and terms.logits.weight > 0:
+                output = self.ask_teacher(batch, terms, training=True)
+                batches[number] = {**inputs, TEACHER_OUTPUT: output}
+            items.append(self.count(batch, output))
+        counts = StepCounts.of_window(items, self.accelerator, across_devices=self.args.average_tokens_across_devices)
         self._windows += 1
-        terms = self.active_terms()
-        on = {"task": terms.task, "kd": terms.logits, **{match.name: match for match in terms.matches}}
-        self._term_steps.update(f"loss_{name}" for name, term in on.items() if term.weight > 0)
+        self._step_weights = self._weights(terms)
+        self._term_steps.update(f"loss_{name}" for name, weight in terms.weights.items() if weight > 0)
         self._meter.add("labelled", counts.labelled)
         self._meter.add("rows", counts.rows)
         return batches, counts
@@ -179,19 +217,48 @@ class DistillationMixin(LayerTrainingMixin):
         """Nothing: `get_batch_samples` counts every kind of item, with one gather."""
         return
 
+    def _reset_logs(self) -> None:
+        """Forgets what was summed up for the next log."""
+        self._meter.reset()
+        self._windows, self._term_steps = 0, Counter()
+        policy = self.args.distillation.logits.temperature
+        self._temperatures = None
+        if isinstance(policy, TemperaturePolicy):
+            self._temperatures = TemperatureMeter(policy.lowest, policy.highest)
+
+    def _now(self) -> tuple[dict[str, float], Histogram | None]:
+        """The temperatures since the last log, the weights that change as they were last, and a histogram."""
+        logs: dict[str, float] = {}
+        histogram, config = None, self.args.distillation
+        temperature = config.logits.temperature
+        if isinstance(temperature, TemperaturePolicy):
+            if self._temperatures is not None:
+                logs, histogram = self._temperatures.totals(self.accelerator)
+                histogram = histogram if temperature.is_per_item else None
+        elif self._term_steps["loss_kd"]:
+            logs["temperature"] = temperature
+        for name, term in config.terms.items():
+            if term.weight > 0 and (term.weight_schedule is not None or self._balancer is not None):
+                logs[f"weight_{name}"] = float(self._step_weights.get(name, 0.0))
+        return logs, histogram
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the terms beside the training loss: exact over micro-batches and ranks."""
+        histogram = None
+        if self._item_weights is not None:
+            self._item_weights.update(logs)
         if "loss" in logs and self._windows > 0:
             totals = self._meter.totals(self.accelerator)
             processes = self.accelerator.num_processes
             steps = {name: number * processes for name, number in self._term_steps.items() if name in totals}
             logs |= {name: totals[name] / number for name, number in steps.items()}
-            if "loss_kd" in steps:
-                logs["temperature"] = self.args.distillation.logits.temperature
+            changing, histogram = self._now()
+            logs |= changing
             logs["labelled_fraction"] = totals["labelled"] / totals["rows"]
-            self._meter.reset()
-            self._windows, self._term_steps = 0, Counter()
+            self._reset_logs()
         super().log(logs, start_time)
+        if histogram is not None:
+            write_histogram(self.callback_handler, self.state, "train/temperature", histogram)
 
 
 class DistillationTrainer(DistillationMixin, Trainer):

@@ -43,7 +43,7 @@ def main() -> None:
         return columns
 
     with args.main_process_first(desc="tokenizing"):
-        train, test = (rows.map(tokenize, batched=True, remove_columns="text") for rows in (corpus.train, corpus.test))
+        train, test = (rows.map(tokenize, batched=True) for rows in (corpus.train, corpus.test))
     names = dict(enumerate(corpus.label_names))
     if all(name.isdecimal() for name in corpus.label_names):  # numbers are the teacher's own
         names = AutoConfig.from_pretrained(script.teacher).id2label

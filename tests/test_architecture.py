@@ -22,10 +22,15 @@ LAYERS = (
     ("words", {"registry", "signals", "features"}),
     ("pure functions", {"losses", "schedules", "layer_mapping", "alignment", "metrics", "items"}),
     ("model surgery", {"models"}),
-    ("sources and settings", {"temperature", "teachers", "config", "presets", "collator", "pairing"}),
+    (
+        "sources and settings",
+        {"temperature", "teachers", "config", "presets", "collator", "pairing"}
+        | {"weighting", "phrase_index", "phrases", "row_weights"},
+    ),
     (
         "composition",
-        {"accounting", "batches", "objective", "task_loss", "fused_terms", "gathering", "matching", "progress"},
+        {"accounting", "batches", "objective", "task_loss", "fused_terms", "gathering", "matching", "progress"}
+        | {"targets", "objective_checks", "balancing", "temperature_log", "item_weights", "learned"},
     ),
     (
         "glue",
@@ -39,9 +44,10 @@ LAYERS = (
             "dataset_checks",
             "setup",
             "evaluation",
+            "histograms",
             "step",
         }
-        | {"stages", "stage_plan", "stage_runner", "lineage"},
+        | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup"},
     ),
     ("edges", {"cli", "demo"}),
 )

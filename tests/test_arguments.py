@@ -15,14 +15,24 @@ from hf_distill import (
 )
 from hf_distill.config import LayerMap
 from hf_distill.presets import load_preset, preset_names
+from hf_distill.temperature import write_temperature
 from tests.tiny import pair, rows
 from tests.training import arguments, logged, make_trainer
 
 OURS = {
     "task_weight": 0.25,
     "kd_weight": 1.5,
-    "kd_loss": "logit_mse",
+    "kd_loss": "jsd",
+    "kd_options": {"beta": 0.25},
     "temperature": 4.0,
+    "temperature_schedule": "cosine",
+    "temperature_final": 2.0,
+    "temperature_squared": False,
+    "logit_transform": "standardize",
+    "teacher_scale": {"kind": "linear", "from": 0.5, "to": 1.0},
+    "item_weights": [{"by": "phrases", "phrases": ["heart attack"], "boost": 0.3}],
+    "weight_schedules": {"kd": {"kind": "linear", "from": 1, "to": 0.1}, "hidden": "warmup"},
+    "loss_balance": "uncertainty",
     "hidden_weight": 2.0,
     "hidden_loss": "hidden_cosine",
     "attention_weight": 3.0,
@@ -70,7 +80,15 @@ def test_a_command_line_sets_every_field(cls, tmp_path):
     words = ["--output_dir", str(tmp_path), *on_the_command_line(OURS)]
     (args,) = HfArgumentParser(cls).parse_args_into_dataclasses(words)
     assert {name: getattr(args, name) for name in OURS} == OURS
-    assert args.distillation.logits.temperature == 4.0
+    terms = args.distillation
+    assert [terms.logits.temperature.at(progress) for progress in (0, 1)] == [4.0, 2.0]
+    assert terms.logits.options == {"beta": 0.25}
+    assert (terms.logits.temperature_squared, terms.logits.transform) == (False, "standardize")
+    assert terms.logits.teacher_scale.at(0) == 0.5
+    assert terms.logits.item_weights[0].phrases == ("heart attack",)
+    assert terms.logits.weight_at(1.0) == pytest.approx(0.15)
+    assert terms.terms["hidden"].weight_at(0.05) == pytest.approx(1.0)
+    assert terms.balance.kind == "uncertainty"
 
 
 @pytest.mark.parametrize("cls", CLASSES)
@@ -146,7 +164,7 @@ def test_a_preset_alone_is_what_the_preset_says(name, tmp_path):
     args = arguments(tmp_path, preset=name)
     assert args.distillation == load_preset(name).config()
     assert args.task_weight == args.distillation.task.weight
-    assert args.temperature == args.distillation.logits.temperature
+    assert args.temperature == write_temperature(args.distillation.logits.temperature)
 
 
 def test_a_field_that_is_given_wins_over_the_preset_and_the_others_stay(tmp_path):

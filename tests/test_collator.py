@@ -14,7 +14,9 @@ from hf_distill import DistillationCollator
 from hf_distill.collator import is_incomplete, is_missing
 from hf_distill.dataset_checks import label_filler
 from hf_distill.items import LABEL_MASK
+from hf_distill.row_weights import RowWeights
 from hf_distill.signals import Task
+from hf_distill.weighting import ITEM_WEIGHT, ColumnWeights
 from tests.tiny import tokenizer
 
 
@@ -138,6 +140,22 @@ def test_teachers_columns_are_padded_by_its_tokenizer_and_come_last():
     assert batch["teacher_attention_mask"].tolist() == [[0, 0, 0, 1], [1, 1, 1, 1]]
     assert batch["input_ids"].tolist() == [[6, 7], [6, 7]]
     assert not next(iter(batch)).startswith("teacher_"), "accelerate reads the batch size off the first key"
+
+
+def test_the_columns_of_weights_are_taken_off_and_the_weights_come_before_the_teachers_columns():
+    rows = [
+        {"input_ids": [6, 7], "trust": 2.0, "label": None, "teacher_input_ids": [5]},
+        {"input_ids": [6], "trust": 1},
+    ]
+    rows[1] |= {"label": 1, "teacher_input_ids": [5, 5]}
+    before = [dict(row) for row in rows]
+    weights = RowWeights([ColumnWeights("trust")], task=Task.SEQUENCE_CLASSIFICATION)
+    inner = DataCollatorWithPadding(tokenizer())
+    batch = collator(inner=inner, teacher_processing_class=tokenizer(), row_weights=weights)(rows)
+    assert rows == before, "the rows themselves are left alone"
+    names = ["labels", LABEL_MASK, ITEM_WEIGHT, "teacher_input_ids", "teacher_attention_mask"]
+    assert [*batch] == ["input_ids", "attention_mask", *names]
+    assert batch[ITEM_WEIGHT].tolist() == [2, 1]
 
 
 @pytest.mark.parametrize("kind", [list, torch.tensor, np.array])

@@ -33,7 +33,8 @@ def match(student="hidden[*]", loss="hidden_mse", name="some", **options):
 def test_every_registered_loss_has_a_term_that_takes_it():
     for name in LOSSES:
         feature = LOSSES.get(name).feature
-        term = LogitTerm(loss=name) if feature == "logits" else match(REFERENCES[feature], name)
+        needed = {"k": 4} if name == "top_k_kl" else {}
+        term = LogitTerm(loss=name, options=needed) if feature == "logits" else match(REFERENCES[feature], name)
         assert term.loss == name
 
 

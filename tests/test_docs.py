@@ -44,16 +44,17 @@ def test_the_table_of_presets_has_them_all():
     assert re.findall(r"^\| \[`(\w+)`\]\(\1\.md\)", table, flags=re.MULTILINE) == [*preset_names()]
 
 
-@pytest.mark.parametrize("name", [*LOSSES, *MASKS, *ATTENTION_KINDS, *POOLINGS, *MAPS])
+BETWEEN_LAYERS = [name for name in LOSSES if LOSSES.get(name).feature != "logits"]  # the others: test_objective_docs
+
+
+@pytest.mark.parametrize("name", [*BETWEEN_LAYERS, *MASKS, *ATTENTION_KINDS, *POOLINGS, *MAPS])
 def test_every_loss_map_mask_feature_and_pooling_is_explained(name):
     assert re.search(rf"\b{name}\b", LAYERS)
 
 
 def test_every_loss_between_layers_has_a_row_with_its_item_and_its_paper():
     rows = {row[0]: row for row in re.findall(r"^\| `(\w+)` \|(.+)$", LAYERS, flags=re.MULTILINE)}
-    for spec in (LOSSES.get(name) for name in LOSSES):
-        if spec.feature == "logits":
-            continue
+    for spec in map(LOSSES.get, BETWEEN_LAYERS):
         cells = rows[spec.name][1]
         assert f"| {spec.item}" in cells, spec.name
         assert all(number in cells for number in re.findall(r"arXiv:\S+\d", spec.paper)), spec.name

@@ -24,6 +24,7 @@ HIDDEN = MatchTerm("hidden", parse_feature("hidden[*]"), "hidden_mse")
 def test_the_published_methods_are_there():
     assert {*preset_names()} == {
         *("hinton", "distilbert", "pkd", "minilm", "rkd", "ckd", "alp", "emd", "distil_whisper"),
+        *("dkd", "dist", "lskd", "ctkd", "annealing_kd", "distillm", "akl"),
         *STAGED,
     }
 
@@ -93,7 +94,9 @@ def test_shares_add_up_to_the_training():
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_name():
-    with pytest.raises(ValueError, match=r"preset='tinbert' is unknown\. Did you mean 'tinybert'\? Known: alp, ckd"):
+    with pytest.raises(
+        ValueError, match=r"preset='tinbert' is unknown\. Did you mean 'tinybert'\? Known: akl, alp, annealing_kd, ckd"
+    ):
         load_preset("tinbert")
 
 

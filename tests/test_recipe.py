@@ -162,7 +162,10 @@ MATCH = {"name": "hidden", "student": "hidden[*]", "loss": "hidden_mse"}
     [
         ({"tasks": {}}, r"^tasks: unknown key\. Did you mean 'task'\? Known: task, logits, matches"),
         ({"task": {"wieght": 1}}, r"^task\.wieght: unknown key\. Did you mean 'weight'\?"),
-        ({"logits": {"temperature": {"value": 2, "polizy": 1}}}, r"^logits\.temperature\.polizy: .*mean 'policy'\?"),
+        (
+            {"logits": {"temperature": {"value": 2, "polizy": 1}}},
+            r"^logits\.temperature: unknown key 'polizy'.*mean 'policy'\?",
+        ),
         (
             {"matches": [MATCH, {**MATCH, "projektion": {}}]},
             r"^matches\[1\]\.projektion: .*Did you mean 'projection'\?",
@@ -195,8 +198,8 @@ def test_an_unknown_key_at_any_depth_is_refused_with_its_path_and_the_nearest_on
         ({"matches": [{**MATCH, "map": {1: "x"}}]}, r"matches\[0\]\.map: .*whole numbers"),
         ({"matches": [{**MATCH, "projection": "line"}]}, r"matches\[0\]\.projection: kind='line'"),
         ({"matches": [{**MATCH, "weight": None}]}, r"Match 'hidden': weight=None"),
-        ({"logits": {"temperature": {"policy": "linear", "value": 2}}}, r"the only policy is constant"),
-        ({"logits": {"temperature": {"policy": "constant"}}}, r"write a number, or"),
+        ({"logits": {"temperature": {"policy": "linear", "value": 2}}}, r"a constant has a `value`"),
+        ({"logits": {"temperature": {"policy": "constant"}}}, r"write the number alone"),
     ],
 )
 def test_a_recipe_that_is_wrong_says_where(values, complaint):

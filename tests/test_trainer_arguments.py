@@ -42,7 +42,7 @@ def test_an_access_token_among_the_arguments_is_refused(field, output_dir):
         DistillationTrainingArguments(output_dir, **{field: {"token": "hf_x"}})
 
 
-@pytest.mark.parametrize(("field", "value"), [("temperature", "2"), ("kd_weight", "0.5"), ("task_weight", True)])
+@pytest.mark.parametrize(("field", "value"), [("temperature", True), ("kd_weight", "0.5"), ("task_weight", True)])
 def test_a_number_that_is_none_is_refused_by_name(field, value, output_dir):
     with pytest.raises(ValueError, match=f"{field}={value!r}"):
         DistillationTrainingArguments(output_dir, **{field: value})

@@ -5,10 +5,11 @@ from hf_distill.config.distillation import DistillationConfig
 from hf_distill.config.flat import default_config, flat_values, with_flat_values
 from hf_distill.config.language import read_map, write_map
 from hf_distill.config.matches import MatchTerm
-from hf_distill.config.terms import LayerMap, LogitTerm, Projection, TaskTerm
+from hf_distill.config.terms import Balance, LayerMap, LogitTerm, Projection, TaskTerm
 
 __all__ = [
     "ALWAYS",
+    "Balance",
     "DistillationConfig",
     "LayerMap",
     "LogitTerm",

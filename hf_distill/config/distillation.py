@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
-from hf_distill.config.language import check_keys, read, write
+from hf_distill.config.language import check_keys, read, read_balance, write, write_balance
 from hf_distill.config.matches import MatchTerm
-from hf_distill.config.terms import LogitTerm, TaskTerm
+from hf_distill.config.terms import Balance, LogitTerm, TaskTerm
 
 OFF = 0.0
 
@@ -26,14 +26,16 @@ class DistillationConfig:
         task: the loss on the labels.
         logits: the distance of the logits.
         matches: what is compared inside the models.
+        balance: how the terms are weighed against each other while training.
 
     Raises:
-        ValueError: no term with a weight, or two matches of one name.
+        ValueError: no term with a weight, two matches of one name, or a balance of less than two terms.
     """
 
     task: TaskTerm = field(default_factory=lambda: TaskTerm(weight=OFF))
     logits: LogitTerm = field(default_factory=lambda: LogitTerm(weight=OFF))
     matches: tuple[MatchTerm, ...] = ()
+    balance: Balance = field(default_factory=Balance)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "matches", tuple(self.matches))
@@ -45,6 +47,13 @@ class DistillationConfig:
                 "All weights are zero, so there is nothing to learn: raise kd_weight or task_weight, or the weight "
                 "of a match."
             )
+        if self.balance.kind != "none" and sum(term.weight > 0 for term in self.terms.values()) < 2:
+            raise ValueError(f"balance: {self.balance.kind} weighs terms against each other, and there is one only.")
+        if self.balance.kind == "magnitude" and self.logits.weight == 0:
+            raise ValueError(
+                "balance: magnitude brings the terms to the size of the logits' term, whose weight is 0. Raise "
+                "kd_weight, or take uncertainty."
+            )
 
     @property
     def terms(self) -> dict[str, TaskTerm | LogitTerm | MatchTerm]:
@@ -55,10 +64,12 @@ class DistillationConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "DistillationConfig":
         """The config that plain values stand for: `task`, `logits` and a list of `matches`, each left out if off.
 
+        `balance` may stand beside them.
+
         Raises:
             ValueError: an unknown key at any depth, or values that the terms refuse.
         """
-        check_keys(values, ("task", "logits", "matches"), "")
+        check_keys(values, ("task", "logits", "matches", "balance"), "")
         matches = values.get("matches", [])
         if not isinstance(matches, list | tuple):
             raise ValueError(f"matches is {matches!r}; expected a list of mappings.")
@@ -69,12 +80,18 @@ class DistillationConfig:
             terms["task"] = read(TaskTerm, values["task"], "task")
         if "logits" in values:
             terms["logits"] = read(LogitTerm, values["logits"], "logits")
+        if "balance" in values:
+            terms["balance"] = read_balance(values["balance"])
         return cls(**terms)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and YAML, from which `from_dict` makes an equal config."""
         written: dict[str, Any] = {"task": write(self.task), "logits": write(self.logits)}
-        return written | ({"matches": [write(match) for match in self.matches]} if self.matches else {})
+        if self.matches:
+            written["matches"] = [write(match) for match in self.matches]
+        if self.balance != Balance():
+            written["balance"] = write_balance(self.balance)
+        return written
 
     @classmethod
     def from_yaml(cls, text: str) -> "DistillationConfig":

@@ -1,14 +1,19 @@
 """The short form: a config with the flat fields of the arguments laid over it."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from hf_distill.config.checks import check_choice, is_number
 from hf_distill.config.distillation import DistillationConfig
-from hf_distill.config.language import read_map
+from hf_distill.config.language import read_balance, read_map, read_number_or_schedule, read_schedule
 from hf_distill.config.matches import MatchTerm
 from hf_distill.config.terms import LayerMap, LogitTerm, TaskTerm
 from hf_distill.features import parse_feature
 from hf_distill.layer_mapping import EXPLICIT_MAP
+from hf_distill.temperature import read_temperature, write_temperature
+from hf_distill.weighting import read_item_weights
 
 HIDDEN_MATCH, ATTENTION_MATCH = "hidden", "attention"
 _PROBABILITIES = ("attention_kl", "attention_probs_mse")
@@ -26,7 +31,7 @@ def flat_values(config: DistillationConfig) -> dict[str, Any]:
         "task_weight": weights["task"],
         "kd_weight": weights["kd"],
         "kd_loss": config.logits.loss,
-        "temperature": float(config.logits.temperature),
+        "temperature": write_temperature(config.logits.temperature),
         "hidden_weight": weights.get(HIDDEN_MATCH, 0.0),
         "attention_weight": weights.get(ATTENTION_MATCH, 0.0),
     }
@@ -38,14 +43,23 @@ def with_flat_values(
     task_weight: float,
     kd_weight: float,
     kd_loss: str,
-    temperature: float,
+    temperature: Any,
     hidden_weight: float,
     hidden_loss: str | None,
     attention_weight: float,
     attention_loss: str | None,
     layer_mapping: Any,
+    kd_options: Any = None,
+    temperature_schedule: str | None = None,
+    temperature_final: float | None = None,
+    temperature_squared: bool | None = None,
+    logit_transform: str | None = None,
+    teacher_scale: Any = None,
+    item_weights: Any = None,
+    weight_schedules: Any = None,
+    loss_balance: Any = None,
 ) -> DistillationConfig:
-    """The config with the flat values in place of its own; losses and map of None leave those of the config.
+    """The config with the flat values in place of its own; what is None leaves what the config has.
 
     A match that the config does not have is added where its weight is not zero.
     """
@@ -60,11 +74,74 @@ def with_flat_values(
         elif weight != 0:
             make = _hidden_match if name == HIDDEN_MATCH else _attention_match
             matches[name] = _changed(make(loss), weight, loss, layer_map)
-    return DistillationConfig(
+    logits: dict[str, Any] = {
+        "weight": kd_weight,
+        "loss": kd_loss,
+        "temperature": _temperature(temperature, temperature_schedule, temperature_final),
+        # Another loss has other options.
+        "options": config.logits.options if kd_loss == config.logits.loss else {},
+    }
+    given: dict[str, Any] = {
+        "options": None if kd_options is None else _plain(kd_options, "kd_options"),
+        "temperature_squared": temperature_squared,
+        "transform": logit_transform,
+        "teacher_scale": None if teacher_scale is None else read_number_or_schedule(teacher_scale, "teacher_scale"),
+        "item_weights": None if item_weights is None else read_item_weights(_plain(item_weights, "item_weights")),
+    }
+    logits |= {name: value for name, value in given.items() if value is not None}
+    changed = replace(
+        config,
+        logits=replace(config.logits, **logits),
         task=replace(config.task, weight=task_weight),
-        logits=replace(config.logits, weight=kd_weight, loss=kd_loss, temperature=temperature),
         matches=tuple(matches.values()),
+        balance=config.balance if loss_balance is None else read_balance(_plain(loss_balance, "loss_balance")),
     )
+    return changed if weight_schedules is None else _scheduled(changed, _plain(weight_schedules, "weight_schedules"))
+
+
+def _plain(value: Any, name: str) -> Any:
+    """Plain values, from JSON where a command line gives a text of it."""
+    if not (isinstance(value, str) and value.startswith(("[", "{"))):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError(f"{name}={value!r} is no JSON: {error}.") from None
+
+
+def _temperature(value: Any, schedule: str | None, final: float | None) -> Any:
+    if schedule is None and final is None:
+        return read_temperature(value)
+    if final is None or not is_number(value):
+        raise ValueError(
+            f"temperature={value!r}, temperature_schedule={schedule!r}, temperature_final={final!r}: a schedule goes "
+            "from one number to another. Give temperature=8, temperature_schedule='linear', temperature_final=2, or "
+            "the whole policy as temperature={'policy': 'linear', 'from': 8, 'to': 2, 'end': 0.5}."
+        )
+    known = ("linear", "cosine", "exponential")
+    check_choice("temperature_schedule", schedule or known[0], known)
+    return read_temperature({"policy": schedule or known[0], "from": value, "to": final})
+
+
+def _scheduled(config: DistillationConfig, schedules: Any) -> DistillationConfig:
+    """The config with a schedule on the weights of the terms that are named."""
+    if not isinstance(schedules, Mapping):
+        raise ValueError(
+            f"weight_schedules={schedules!r} is no mapping. Write {{'kd': {{'kind': 'linear', 'from': 1, 'to': 0}}}}."
+        )
+    for name, value in schedules.items():
+        check_choice("weight_schedules", name, config.terms)
+        if config.terms[name].weight == 0:
+            raise ValueError(f"weight_schedules: the weight of {name} is 0, so nobody reads its schedule. Set it.")
+        schedule = read_schedule(value, f"weight_schedules.{name}")
+        if name == "task":
+            config = replace(config, task=replace(config.task, weight_schedule=schedule))
+        elif name == "kd":
+            config = replace(config, logits=replace(config.logits, weight_schedule=schedule))
+        else:
+            matches = (replace(m, weight_schedule=schedule) if m.name == name else m for m in config.matches)
+            config = replace(config, matches=tuple(matches))
+    return config
 
 
 def _hidden_match(loss: str | None) -> MatchTerm:

@@ -5,10 +5,13 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any, TypeVar
 
-from hf_distill.config.checks import did_you_mean
-from hf_distill.config.terms import LayerMap, Projection
+from hf_distill.config.checks import did_you_mean, is_number
+from hf_distill.config.terms import Balance, LayerMap, Projection
 from hf_distill.features import Feature, parse_feature
 from hf_distill.layer_mapping import EXPLICIT_MAP
+from hf_distill.schedules import Schedule
+from hf_distill.temperature import TemperaturePolicy, read_temperature, write_temperature
+from hf_distill.weighting import read_item_weights, write_item_weights
 
 T = TypeVar("T")
 # Written even where they are the defaults: they say what a term is.
@@ -79,16 +82,24 @@ def _read_part(cls: type[T], values: Any, path: str) -> T:
         raise error if str(error).startswith(path) else ValueError(f"{path}: {error}") from None
 
 
-def _read_temperature(value: Any, path: str) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    check_keys(value, ("policy", "value"), path)
-    if value.get("policy", "constant") != "constant" or "value" not in value:
-        raise ValueError(
-            f"{path}={dict(value)!r}, but the only policy is constant: write a number, or "
-            "{policy: constant, value: 4}."
-        )
-    return value["value"]
+def read_balance(value: Any) -> Balance:
+    """A balance from the name of its kind, or a mapping."""
+    return _read_part(Balance, {"kind": value} if isinstance(value, str) else value, "balance")
+
+
+def write_balance(balance: Balance) -> Any:
+    """The shortest plain value from which `read_balance` makes an equal one."""
+    return balance.kind if balance == Balance(balance.kind) else {"kind": balance.kind, **write(balance)}
+
+
+def read_schedule(value: Any, path: str) -> Schedule:
+    """A schedule from what `Schedule.of` takes; errors begin with the path."""
+    return Schedule.of(value, path)
+
+
+def read_number_or_schedule(value: Any, path: str) -> Any:
+    """A number as it is, else a schedule."""
+    return value if is_number(value) else Schedule.of(value, path)
 
 
 def _read_feature(value: Any, path: str) -> Feature:
@@ -109,7 +120,10 @@ _READERS: dict[str, Callable[[Any, str], Any]] = {
     "teacher": _read_feature,
     "map": read_map,
     "projection": _read_projection,
-    "temperature": _read_temperature,
+    "temperature": read_temperature,
+    "weight_schedule": read_schedule,
+    "teacher_scale": read_number_or_schedule,
+    "item_weights": read_item_weights,
     "active": _read_tuple,
     "pairs": _read_tuple,
     "candidates": _read_tuple,
@@ -122,7 +136,9 @@ def write(term: Any) -> dict[str, Any]:
     for field in fields(term):
         value = getattr(term, field.name)
         default = field.default if field.default_factory is MISSING else field.default_factory()
-        if value != default or field.name in _ALWAYS_WRITTEN:
+        if field.name == "item_weights" and value:
+            written[field.name] = write_item_weights(value)
+        elif value != default or field.name in _ALWAYS_WRITTEN:
             written[field.name] = _plain(value)
     return written
 
@@ -139,6 +155,10 @@ def write_map(layer_map: LayerMap) -> Any:
 def _plain(value: Any) -> Any:
     if isinstance(value, Feature):
         return str(value)
+    if isinstance(value, Schedule):
+        return value.to_plain()
+    if isinstance(value, TemperaturePolicy):
+        return write_temperature(value)
     if isinstance(value, LayerMap):
         return write_map(value)
     if isinstance(value, Projection):

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hf_distill.config.checks import ALWAYS, Window, check_choice, check_weight, check_window, did_you_mean, is_number
-from hf_distill.config.terms import LayerMap, Projection, Term
+from hf_distill.config.terms import LayerMap, Projection, Term, check_weight_schedule
 from hf_distill.features import HIDDEN, MODULE, Feature, parse_feature
 from hf_distill.layer_mapping import EXPLICIT_MAP
 from hf_distill.losses import LOSSES, LossSpec
+from hf_distill.schedules import Schedule
 
 RESERVED_NAMES = ("task", "kd")
 MASKS = ("tokens", "content", "cls", "task")
@@ -48,6 +49,7 @@ class MatchTerm(Term):
         weight: >= 0.
         active: the part (start, end) of the training, in [0, 1], in which the term is on.
         domain: of domain losses: the batch's column that is 1 for rows of the target domain.
+        weight_schedule: multiplies the weight; None leaves it as it is.
 
     Raises:
         ValueError: parts that do not fit together, or that nobody would read.
@@ -67,6 +69,7 @@ class MatchTerm(Term):
     weight: float = 1.0
     active: Window = ALWAYS
     domain: str | None = None
+    weight_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and self.name.isidentifier()) or self.name in RESERVED_NAMES:
@@ -99,6 +102,7 @@ class MatchTerm(Term):
     def _check_values(self) -> None:
         check_weight("weight", self.weight)
         check_window("active", self.active)
+        check_weight_schedule("weight_schedule", self.weight_schedule)
         check_choice("heads", self.heads, ("strict", "mean", "relation"))
         check_choice("length", self.length, ("strict", "interpolate"))
         check_choice("reduction", self.reduction, ("token_mean", "sample_mean", "reference"))

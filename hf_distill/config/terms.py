@@ -1,6 +1,8 @@
-"""The task's and the logits' term, and what a match is made of: projections and layer maps."""
+"""The task's and the logits' term, how terms are balanced, and what a match is made of: projections, layer maps."""
 
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from hf_distill.config.checks import (
@@ -15,13 +17,46 @@ from hf_distill.config.checks import (
 )
 from hf_distill.layer_mapping import DYNAMIC_MAPS, EXPLICIT_MAP, MAPS
 from hf_distill.losses import LOSSES
+from hf_distill.schedules import Schedule
+from hf_distill.temperature import TemperaturePolicy
+from hf_distill.weighting import ItemWeighting
+
+TRANSFORMS = ("none", "standardize")
+BALANCES = ("none", "uncertainty", "magnitude")
 
 
 class Term:
-    """What every term has: a weight, and the part of the training in which it is on."""
+    """What every term has: a weight, how it changes, and the part of the training in which the term is on."""
 
     weight: float
     active: Window
+    weight_schedule: Schedule | None
+
+    def is_on(self, progress: float) -> bool:
+        """Whether it is within `active` when a share of the training, in [0, 1], is done."""
+        start, end = self.active
+        return start <= progress < end or (end == 1 and progress >= 1)
+
+    def weight_at(self, progress: float) -> float:
+        """The weight then; 0 outside `active`."""
+        if not self.is_on(progress):
+            return 0.0
+        return self.weight if self.weight_schedule is None else self.weight * self.weight_schedule.at(progress)
+
+
+def check_weight_schedule(name: str, schedule: Any) -> None:
+    """Refuses what is no schedule of factors on a weight."""
+    if schedule is None:
+        return
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"{name}={schedule!r} is no Schedule. Write Schedule.of({{'kind': 'linear', 'from': 1, 'to': 0}})."
+        )
+    if schedule.lowest < 0 or schedule.highest == 0:
+        raise ValueError(
+            f"{name} goes from {schedule.lowest} to {schedule.highest}, but it multiplies a weight: its values must "
+            "be >= 0, and not all 0."
+        )
 
 
 @dataclass(frozen=True)
@@ -31,14 +66,17 @@ class TaskTerm(Term):
     Attributes:
         weight: >= 0.
         active: the part (start, end) of the training, in [0, 1], in which the term is on.
+        weight_schedule: multiplies the weight; None leaves it as it is.
     """
 
     weight: float = 0.5
     active: Window = ALWAYS
+    weight_schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         check_weight("task_weight", self.weight)
         check_window("task.active", self.active)
+        check_weight_schedule("task.weight_schedule", self.weight_schedule)
 
 
 @dataclass(frozen=True)
@@ -48,18 +86,49 @@ class LogitTerm(Term):
     Attributes:
         loss: a registered loss of logits.
         weight: >= 0.
-        temperature: T > 0 in softmax(logits / T) of both.
+        temperature: T > 0 in softmax(logits / T) of both: a number, or a policy that changes it during the training or
+            from item to item.
         active: the part (start, end) of the training, in [0, 1], in which the term is on.
+        weight_schedule: multiplies the weight; None leaves it as it is.
+        options: further keywords of the loss, such as `beta` of `jsd`.
+        transform: of both models' logits before they are compared: `none` or `standardize` (LSKD, arXiv:2403.01427).
+        teacher_scale: > 0, multiplies the teacher's logits; a number or a schedule (Annealing-KD, arXiv:2104.07163).
+        temperature_squared: whether the loss is multiplied by T², in value and gradient; some papers leave it out.
+        item_weights: what some items weigh more than others; several multiply.
     """
 
     loss: str = "forward_kl"
     weight: float = 0.5
-    temperature: float = 2.0
+    temperature: float | TemperaturePolicy = 2.0
     active: Window = ALWAYS
+    weight_schedule: Schedule | None = None
+    options: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    transform: str = "none"
+    teacher_scale: float | Schedule = 1.0
+    temperature_squared: bool = True
+    item_weights: tuple[ItemWeighting, ...] = ()
 
     def __post_init__(self) -> None:
         check_weight("kd_weight", self.weight)
         check_window("logits.active", self.active)
+        check_weight_schedule("logits.weight_schedule", self.weight_schedule)
+        self._check_loss()
+        if not isinstance(self.temperature, TemperaturePolicy) and not (
+            is_number(self.temperature) and self.temperature > 0
+        ):
+            raise ValueError(
+                f"temperature={self.temperature!r}, but it divides the logits: it must be a positive number "
+                "(1 compares the distributions as they are, 2 to 4 is usual)."
+            )
+        check_choice("logits.transform", self.transform, TRANSFORMS)
+        scale = self.teacher_scale
+        lowest = scale.lowest if isinstance(scale, Schedule) else scale
+        if not (is_number(lowest) and lowest > 0):
+            raise ValueError(f"teacher_scale={scale!r} multiplies the teacher's logits: it must stay > 0.")
+        if not isinstance(self.temperature_squared, bool):
+            raise ValueError(f"temperature_squared={self.temperature_squared!r}, but it must be true or false.")
+
+    def _check_loss(self) -> None:
         known = [name for name in LOSSES if LOSSES.get(name).feature == "logits"]
         if self.loss not in LOSSES:
             raise ValueError(f"Unknown loss {self.loss!r}.{did_you_mean(self.loss, known)} Known: {', '.join(known)}.")
@@ -68,11 +137,60 @@ class LogitTerm(Term):
                 f"kd_loss={self.loss!r} compares {LOSSES.get(self.loss).feature}, not logits. Make it the loss of a "
                 f"match, or take one of {', '.join(known)}."
             )
-        if not (is_number(self.temperature) and self.temperature > 0):
+        check_options(self.loss, self.options)
+
+
+def check_options(loss: str, options: Any) -> None:
+    """Refuses options that a loss of logits does not take."""
+    if not isinstance(options, Mapping):
+        raise ValueError(f"options={options!r} is no mapping. Write {{option: value}}.")
+    spec = LOSSES.get(loss)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(spec.function).parameters.items()
+        if name in spec.options
+    }
+    for name, value in options.items():
+        if name not in defaults:
             raise ValueError(
-                f"temperature={self.temperature!r}, but it divides the logits: it must be a positive number "
-                "(1 compares the distributions as they are, 2 to 4 is usual)."
+                f"options: {loss} takes no {name!r}.{did_you_mean(name, defaults)} It takes "
+                f"{', '.join(defaults) or 'none'}."
             )
+        if isinstance(defaults[name], bool) != isinstance(value, bool) or (
+            is_number(defaults[name]) and not is_number(value)
+        ):
+            raise ValueError(f"options: {name}={value!r}, but it must be like {defaults[name]!r}.")
+    if missing := [name for name, default in defaults.items() if default is inspect.Parameter.empty]:
+        if missing := [name for name in missing if name not in options]:
+            raise ValueError(f"options: {loss} needs {', '.join(missing)}.")
+
+
+@dataclass(frozen=True)
+class Balance:
+    """How the terms are weighed against each other while training, on top of their weights.
+
+    Attributes:
+        kind: `none`; `uncertainty`: a learned log variance s for each term, exp(-s) / 2 * term + s / 2 (Kendall et al.
+            2018, arXiv:1705.07115); `magnitude`: each term is brought to the size that the logits' term has.
+        learning_rate_factor: of `uncertainty`: > 0, times the student's learning rate, since s must move by whole
+            numbers.
+        momentum: of `magnitude`: how much of the running mean of a term a step leaves, in [0, 1).
+    """
+
+    kind: str = "none"
+    learning_rate_factor: float = 100.0
+    momentum: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_choice("balance.kind", self.kind, BALANCES)
+        check_number(
+            "balance.learning_rate_factor", self.learning_rate_factor, least=1e-12, expected="it must be a number > 0"
+        )
+        if not (is_number(self.momentum) and 0 <= self.momentum < 1):
+            raise ValueError(f"balance.momentum={self.momentum!r}, but it must be a number in [0, 1).")
+        for name, kind in (("learning_rate_factor", "uncertainty"), ("momentum", "magnitude")):
+            if getattr(self, name) != getattr(Balance, name) and self.kind != kind:
+                raise ValueError(f"balance: {name} is read by {kind}, and the kind is {self.kind}. Drop it.")
 
 
 @dataclass(frozen=True)

@@ -87,6 +87,10 @@ class Plan:
         return tuple(dict.fromkeys(source for match in self.matches for source in match.teacher_sources))
 
 
+# The plan of a training without matches.
+NOTHING = Plan((), (), {})
+
+
 def batch_columns(terms: tuple[MatchTerm, ...]) -> frozenset[str]:
     """The batch's columns that matches name; a model may read them too."""
     masks = {term.mask.removeprefix(BATCH_MASK) for term in terms if term.mask and term.mask.startswith(BATCH_MASK)}

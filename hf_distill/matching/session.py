@@ -1,7 +1,8 @@
-"""The matches of one training: what they record, what they train, what they add to the loss."""
+"""What one training adds to the student: the matches' recorders and projections, and what else trains beside it."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 from zlib import crc32
@@ -14,7 +15,7 @@ from hf_distill.config import MatchTerm
 from hf_distill.features import Feature
 from hf_distill.matching.batch_masks import BatchMasks
 from hf_distill.matching.masks import real_positions
-from hf_distill.matching.plan import Plan, StudentKey, as_sequence, is_image, pooled, student_key
+from hf_distill.matching.plan import Plan, as_sequence, is_image, pooled, student_key
 from hf_distill.matching.terms import MatchContext, StudentFeatures, match_share
 from hf_distill.models.capture import Capture
 from hf_distill.models.modules import DistillationModules, StudentHook, attach, detach
@@ -22,8 +23,25 @@ from hf_distill.models.projections import make_projection
 from hf_distill.teachers import RecordingTeacher, in_eval_mode
 
 
+@dataclass(frozen=True)
+class Learned:
+    """A module that trains beside the student without weight decay, which would pull it to 0.
+
+    Attributes:
+        module: the module.
+        learning_rate_factor: > 0, times the student's learning rate.
+    """
+
+    module: nn.Module
+    learning_rate_factor: float
+
+
+# Where the parameters of what else trains are found among the features of a forward: {name: {parameter: value}}.
+LEARNED = "learned"
+
+
 class LayerTerms:
-    """The matches between the layers of a student and a teacher.
+    """The matches between the layers of a student and a teacher, and what else trains beside the student.
 
     Between `start` and `stop` the student carries what they need: a child module with the projections, a hook that
     runs them inside its forward, and the recorders of its layers. After `stop` it is the plain model again.
@@ -36,6 +54,8 @@ class LayerTerms:
         special_tokens: (any,) ids that `mask: content` leaves out; None where they are not known.
         gather: rows of this rank -> rows of all ranks, with their gradient.
         rank: this process.
+        learned: further modules by name, such as a learned temperature. The loss runs them, not the student: their
+            parameters come out of the student's forward, so that wrappers such as DDP know that they are used.
     """
 
     def __init__(
@@ -48,9 +68,12 @@ class LayerTerms:
         special_tokens: Tensor | None,
         gather: Callable[[Tensor], Tensor],
         rank: int,
+        learned: Mapping[str, Learned] | None = None,
     ) -> None:
-        self.plan = plan
+        self.plan, self.learned = plan, dict(learned or {})
         self.modules = _make_modules(plan, student, seed)
+        for name, each in self.learned.items():
+            self.modules[name] = each.module.to(next(student.parameters()).device)
         self._teacher, self._special, self._gather, self._rank = teacher, special_tokens, gather, rank
         self._student: nn.Module | None = None
         self._capture: Capture | None = None
@@ -60,8 +83,9 @@ class LayerTerms:
 
     @property
     def learning_rate_factors(self) -> dict[str, float]:
-        """The learning rate of each projection as a multiple of the student's."""
-        return {name: shape.settings.learning_rate_factor for name, shape in self.plan.projections.items()}
+        """The learning rate of each module as a multiple of the student's."""
+        projections = {name: shape.settings.learning_rate_factor for name, shape in self.plan.projections.items()}
+        return projections | {name: each.learning_rate_factor for name, each in self.learned.items()}
 
     @property
     def is_attached(self) -> bool:
@@ -103,6 +127,8 @@ class LayerTerms:
 
     def counts(self, student: nn.Module, batch: Batch) -> list[Tensor]:
         """How many items of each of the plan's units a batch has."""
+        if not self.plan.matches:
+            return []
         return self.masks(student, batch).counts(self.plan.distinct_units)
 
     @contextmanager
@@ -119,12 +145,17 @@ class LayerTerms:
         finally:
             self._masks = None
 
-    def _student_features(self, outputs: Any) -> dict[StudentKey, Any]:
-        """What the matches take of the student; runs inside its forward."""
+    def _student_features(self, outputs: Any) -> dict[Any, Any]:
+        """What the matches take of the student by its `StudentKey`; runs inside its forward."""
         assert self._capture is not None
         assert self._masks is not None
         recorded, masks = self._capture.collect(outputs), self._masks
-        features: dict[StudentKey, Any] = {}
+        features: dict[Any, Any] = {
+            LEARNED: {
+                name: {key: value.clone() for key, value in self.modules[name].named_parameters()}
+                for name in self.learned
+            }
+        }
         matches = zip(self.plan.matches, self.plan.units, strict=True)
         wanted = (zip(match.stacks, units, strict=True) for match, units in matches if match.term.name in self._names)
         for pair, unit in ((pair, unit) for stacks in wanted for stack, unit in stacks for pair in stack.pairs):

@@ -187,17 +187,24 @@ def load_modules(student: nn.Module, folder: str | os.PathLike[str]) -> None:
     set_model_state_dict(modules, state, options=_WHOLE)
 
 
-def learning_rate_groups(optimizer: Optimizer, student: nn.Module, factors: Mapping[str, float]) -> None:
+def learning_rate_groups(
+    optimizer: Optimizer,
+    student: nn.Module,
+    factors: Mapping[str, float],
+    *,
+    without_decay: frozenset[str] = frozenset(),
+) -> None:
     """Gives modules beside the student learning rates of their own: the optimizer's, times a factor.
 
-    Their parameters move to new groups, which keep weight decay and all else. The groups come in the order of the
-    modules and of the optimizer's groups, so that a resumed optimizer's state finds them. Schedulers made afterwards
-    scale all groups alike.
+    Their parameters move to new groups, which keep all else. The groups come in the order of the modules and of the
+    optimizer's groups, so that a resumed optimizer's state finds them. Schedulers made afterwards scale all groups
+    alike.
 
     Args:
         optimizer: as `Trainer.create_optimizer` made it, before any scheduler.
         student: with modules attached.
         factors: by the module's name, > 0; the others keep the optimizer's rate.
+        without_decay: the names of modules that weight decay leaves alone.
 
     Raises:
         ValueError: a name of no module, or a trainable weight that the optimizer does not hold.
@@ -214,14 +221,15 @@ def learning_rate_groups(optimizer: Optimizer, student: nn.Module, factors: Mapp
         )
     for name, module in modules.named_children():
         factor = factors.get(name, 1.0)
-        if factor == 1.0:
+        if factor == 1.0 and name not in without_decay:
             continue
+        changes = {"weight_decay": 0.0} if name in without_decay else {}
         own = {id(parameter) for parameter in module.parameters()}
         for group in [*optimizer.param_groups]:
             moved = [parameter for parameter in group["params"] if id(parameter) in own]
             if moved:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
-                optimizer.add_param_group({**group, "params": moved, "lr": group["lr"] * factor})
+                optimizer.add_param_group({**group, **changes, "params": moved, "lr": group["lr"] * factor})
 
 
 def _own_keys(modules: nn.Module) -> list[str]:

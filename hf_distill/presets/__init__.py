@@ -9,6 +9,8 @@ from hf_distill.config import ALWAYS, DistillationConfig
 from hf_distill.config.checks import check_choice, is_number
 from hf_distill.config.distillation import read_yaml
 from hf_distill.config.language import check_keys
+from hf_distill.schedules import Schedule
+from hf_distill.temperature import ScheduledTemperature
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ class Preset:
                 if term.weight == 0:
                     continue
                 first, last = (end if bound == 1 else start + (end - start) * bound for bound in term.active)
+                term = _within(term, start, end)
                 before = merged.get(name)
                 if before is None:
                     merged[name] = replace(term, active=(first, last))
@@ -80,6 +83,18 @@ class Preset:
             start = end
         fixed = {field_name: merged.pop(name) for name, field_name in _TERM_FIELDS.items() if name in merged}
         return DistillationConfig(**fixed, matches=tuple(merged.values()))
+
+
+def _within(term: Any, start: float, end: float) -> Any:
+    """The term with all that is scheduled in it in a part of the training."""
+    changes: dict[str, Any] = {}
+    for name in ("weight_schedule", "teacher_scale", "temperature"):
+        value = getattr(term, name, None)
+        if isinstance(value, Schedule):
+            changes[name] = value.within(start, end)
+        elif isinstance(value, ScheduledTemperature):
+            changes[name] = ScheduledTemperature(value.schedule.within(start, end))
+    return replace(term, **changes) if changes else term
 
 
 _TERM_FIELDS = {"task": "task", "kd": "logits"}

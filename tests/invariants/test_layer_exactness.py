@@ -13,6 +13,7 @@ ITEM_SCOPED = [
     {"student": "hidden[*]", "loss": "hidden_mse", "mask": "cls"},
     {"student": "hidden[*]", "loss": "hidden_mse", "projection": {"kind": "mlp", "share": "all"}},
     {"student": "hidden[-1]", "teacher": "hidden[-1]", "loss": "hidden_cosine"},
+    {"student": "pooled(mean)@hidden[-1]", "loss": "hidden_kl", "options": {"temperature": 2.0}},
     {"student": "hidden[*]", "loss": "hidden_hint", "map": "last"},
     {"student": "pooled(cls)@hidden[*]", "loss": "hidden_normalized_mse", "map": "skip", "reduction": "reference"},
     {"student": "pooled(mean)@hidden[-1]", "teacher": "pooled(mean)@hidden[-1]", "loss": "hidden_mse"},

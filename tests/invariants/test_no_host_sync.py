@@ -1,5 +1,6 @@
 """A training step reads nothing back from the device beyond what the two models' own forwards read."""
 
+import sys
 from collections import Counter
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
-from hf_distill.losses import factored, row_gradient
 from tests import tiny
+from tests.invariants.objective_cases import EXACT_TEMPERATURES, LOGIT_LOSSES, WEIGHTS, heads_of, weighted_rows
 from tests.invariants.test_layer_exactness import BATCH_SCOPED, ITEM_SCOPED, config, rows_of
 
 # What waits for a GPU: reading a number, and every operation whose output's shape depends on values.
@@ -21,6 +22,7 @@ _SYNCHRONISING = (
     "bincount",
     "repeat_interleave",
 )
+OUR_COLUMNS = ("label_mask", "domain", "item_weight")
 
 
 class _Reads(TorchDispatchMode):
@@ -73,6 +75,26 @@ def test_terms_between_layers_wait_no_more_than_the_models_do(name, settings, tm
     assert reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings) == {}
 
 
+OBJECTIVES = [
+    ("bert", {"item_weights": WEIGHTS["all"], "temperature": "adaptive"}),
+    ("llama", {"item_weights": WEIGHTS["all"], "temperature": EXACT_TEMPERATURES["disagreement"]}),
+    ("t5", {"item_weights": WEIGHTS["correctness"], "temperature": EXACT_TEMPERATURES["instance"]}),
+    ("bert-spans", {"temperature": EXACT_TEMPERATURES["learned"]}),
+    ("bert-tokens", {"temperature": "flsw", "logit_transform": "standardize"}),
+    ("llama", {"temperature": "cwsm", "kd_loss": "reverse_kl"}),
+    ("bert", {"loss_balance": "uncertainty", "hidden_weight": 1.0}),
+    ("llama", {"loss_balance": "magnitude", "hidden_weight": 1.0}),
+    *((heads_of(loss)[0], {"kd_loss": loss}) for loss in LOGIT_LOSSES),
+    *(("llama", {"kd_loss": loss}) for loss in LOGIT_LOSSES if "llama" in heads_of(loss)),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), OBJECTIVES)
+def test_what_changes_from_item_to_item_waits_no_more_than_the_models_do(name, settings, tmp_path, monkeypatch):
+    student, teacher = tiny.pair(name)
+    assert reads_of_a_step(student, teacher, weighted_rows(name, 4), tmp_path, monkeypatch, **settings) == {}
+
+
 def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings):
     """What a step of two micro-batches reads beyond the forwards of its two models."""
     args = DistillationTrainingArguments(
@@ -88,13 +110,14 @@ def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings):
     batches = [*trainer.get_train_dataloader()]
     student.train()
     trainer.compute_loss(student, batches[1])  # the first batch decides, once a run, whether the terms may be fused
-    for module in (row_gradient, factored):
-        monkeypatch.setattr(module, "may_read", lambda tensor: False)  # as on a device
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("hf_distill.losses") and hasattr(module, "may_read"):
+            monkeypatch.setattr(module, "may_read", lambda tensor: False)  # as on a device
     teacher.config.use_cache = False  # as the step runs it; the masks of a model with a cache read less
     decodes = student.config.is_encoder_decoder
     with _Reads() as floor:
         for batch in batches:
-            inputs = {name: value for name, value in batch.items() if name not in ("label_mask", "domain")}
+            inputs = {name: value for name, value in batch.items() if name not in OUR_COLUMNS}
             student(**inputs)
             with torch.no_grad():
                 teacher(**{name: value for name, value in inputs.items() if decodes or name != "labels"})
