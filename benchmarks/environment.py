@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("torch", "transformers", "accelerate", "datasets", "hf-distill", "trl", "nvidia-modelopt")
+OURS = ("torch", "transformers", "accelerate", "datasets", "hf-distill")
+PACKAGES = (*OURS, "trl", "nvidia-modelopt", "torchdistill", "sentence-transformers")
 
 
 def installed_version(package: str) -> str | None:
