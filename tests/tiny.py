@@ -323,3 +323,38 @@ def pair(name: str, *, seed: int = 0) -> tuple[Any, Any]:
                 parameter.mul_(25.0 if parameter_name.startswith(_CLASSIFIERS) else 2.5)
     torch.manual_seed(seed)
     return make(), teacher
+
+
+# Models without a head: name -> the class and the model with a head whose config it takes.
+EMBEDDERS: dict[str, tuple[str, Callable[..., Any]]] = {
+    "bert": ("BertModel", bert),
+    "distilbert": ("DistilBertModel", distilbert),
+    "modernbert": ("ModernBertModel", modernbert),
+    "roberta": ("RobertaModel", roberta),
+    "llama": ("LlamaModel", llama),
+    "t5-encoder": ("T5EncoderModel", t5),
+    "vit": ("ViTModel", vit),
+}
+
+
+def embedder(name: str, *, seed: int = 0, **options: Any) -> Any:
+    """A model without a head."""
+    cls, make = EMBEDDERS[name]
+    config = make(**options).config
+    torch.manual_seed(seed)
+    return getattr(hf, cls)(config)
+
+
+def embedding_pair(student: str = "distilbert", teacher: str = "bert") -> tuple[Any, Any]:
+    """Two models without a head; the teacher is wider and deeper, and its embeddings of texts differ."""
+    wide = embedder(teacher, seed=1, hidden=48, layers=3)
+    with torch.no_grad():
+        for parameter in wide.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(2.5)
+    return embedder(student), wide
+
+
+def texts(count: int = 8, **options: Any) -> list[dict[str, Any]]:
+    """Rows of text without labels."""
+    return [{k: v for k, v in row.items() if k != "labels"} for row in rows("sequence", count, **options)]

@@ -1,6 +1,7 @@
 """Which task a model's head serves, and the inputs it takes: from Transformers' own tables, then from structure."""
 
 import inspect
+import re
 import sys
 from typing import Any
 
@@ -30,6 +31,8 @@ _AUTO_CLASSES = {
     "AutoModelForCausalLM": ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", Task.CAUSAL_LM),
     "AutoModelForMaskedLM": ("MODEL_FOR_MASKED_LM_MAPPING_NAMES", Task.MASKED_LM),
 }
+# The tables of models without a head: whole ones, and the encoders of text alone that some of them have.
+_HEADLESS = ("MODEL_MAPPING_NAMES", "MODEL_FOR_TEXT_ENCODING_MAPPING_NAMES")
 # What PreTrainedModel reads off a class name that no table knows, as with a user's own subclass or remote code.
 _LOSS_TYPES = {
     "ForSequenceClassification": Task.SEQUENCE_CLASSIFICATION,
@@ -48,42 +51,77 @@ def task_model(model: nn.Module) -> Any:
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
-def _class_names(auto_class: str) -> set[str]:
-    table = getattr(modeling_auto, _AUTO_CLASSES[auto_class][0])
-    return {name for entry in table.values() for name in ((entry,) if isinstance(entry, str) else entry)}
+def _class_names(table: str) -> set[str]:
+    entries = getattr(modeling_auto, table).values()
+    return {name for entry in entries for name in ((entry,) if isinstance(entry, str) else entry)}
+
+
+def _stands_in(model: nn.Module, names: set[str]) -> bool:
+    return not names.isdisjoint(cls.__name__ for cls in type(model).__mro__)
+
+
+def _head_class_name(model: nn.Module) -> str | None:
+    found = (auto for auto, (table, _) in _AUTO_CLASSES.items() if _stands_in(model, _class_names(table)))
+    return next(found, None)
+
+
+def _task_of_head(model: Any) -> Task | None:
+    auto_class = _head_class_name(model)
+    if auto_class is not None:
+        task = _AUTO_CLASSES[auto_class][1]
+    elif "start_positions" in inspect.signature(model.forward).parameters:
+        task = Task.QUESTION_ANSWERING
+    elif (loss_type := getattr(model, "loss_type", None)) in _LOSS_TYPES:
+        task = _LOSS_TYPES[loss_type]
+    elif hasattr(model, "get_output_embeddings") and model.get_output_embeddings() is not None:
+        task = Task.CAUSAL_LM if model.can_generate() else Task.MASKED_LM
+    else:
+        return None
+    is_text_generator = task in (Task.CAUSAL_LM, Task.MASKED_LM)
+    return Task.SEQ2SEQ_LM if is_text_generator and model.config.is_encoder_decoder else task
+
+
+def _is_headless(model: nn.Module) -> bool:
+    # The table has some models that exist with one head only, and a user's own head may sit on one that has none.
+    names = {name for table in _HEADLESS for name in _class_names(table) if not re.search("For[A-Z]", name)}
+    return _stands_in(model, names) and "labels" not in inspect.signature(model.forward).parameters
 
 
 def auto_class_name(model: nn.Module) -> str | None:
-    """The name of the Auto class that builds models like this one, e.g. `AutoModelForMaskedLM`; None if none does."""
-    names = [cls.__name__ for cls in type(task_model(model)).__mro__]
-    found = [auto for auto in _AUTO_CLASSES if not _class_names(auto).isdisjoint(names)]
-    return found[0] if found else None
+    """The name of the Auto class that builds models like this one; None if none does.
+
+    Returns: e.g. `AutoModelForMaskedLM`, or `AutoModel` for any model without a head.
+    """
+    inner = task_model(model)
+    name = _head_class_name(inner)
+    return "AutoModel" if name is None and _task_of_head(inner) is None and _is_headless(inner) else name
 
 
 def find_task(model: nn.Module) -> Task:
-    """The task of a model's head, for any architecture.
+    """The task of a model's head, for any architecture; `Task.EMBEDDING` of a model without one.
 
     Raises:
-        ValueError: neither Transformers' tables nor the model's structure say what the head predicts.
+        ValueError: neither Transformers' tables nor the model's structure say what the head predicts, or a model
+            without a head has a decoder.
     """
-    head = task_model(model)
-    auto_class = auto_class_name(head)
-    if auto_class is not None:
-        task = _AUTO_CLASSES[auto_class][1]
-    elif "start_positions" in inspect.signature(head.forward).parameters:
-        task = Task.QUESTION_ANSWERING
-    elif (loss_type := getattr(head, "loss_type", None)) in _LOSS_TYPES:
-        task = _LOSS_TYPES[loss_type]
-    elif hasattr(head, "get_output_embeddings") and head.get_output_embeddings() is not None:
-        task = Task.CAUSAL_LM if head.can_generate() else Task.MASKED_LM
-    else:
+    inner = task_model(model)
+    task = _task_of_head(inner)
+    if task is not None:
+        return task
+    name = type(inner).__name__
+    if not _is_headless(inner):
         raise ValueError(
-            f"Cannot tell what the head of {type(head).__name__} predicts: it stands in none of Transformers' tables "
+            f"Cannot tell what the head of {name} predicts: it stands in none of Transformers' tables "
             f"for {', '.join(auto.removeprefix('AutoModelFor') for auto in _AUTO_CLASSES)} and has no language-model "
-            "head. Use a model with one of these heads, or name your class after one (MyBertForTokenClassification)."
+            "head. Use a model with one of these heads, name your class after one (MyBertForTokenClassification), or "
+            "learn embeddings with a model that has none (AutoModel)."
         )
-    is_text_generator = task in (Task.CAUSAL_LM, Task.MASKED_LM)
-    return Task.SEQ2SEQ_LM if is_text_generator and head.config.is_encoder_decoder else task
+    if "decoder_input_ids" in inspect.signature(inner.forward).parameters:
+        raise ValueError(
+            f"{name} has a decoder and no head, so it has neither logits nor one text to embed. Take the encoder "
+            "alone (AutoModelForTextEncoding, such as T5EncoderModel), or the model with its head."
+        )
+    return Task.EMBEDDING
 
 
 def input_names(model: nn.Module) -> frozenset[str]:

@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 _HUB_NAMES = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
+
+
+def read_config(name: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
+    """The config of a Hub name or a folder, read with those arguments of `from_pretrained` that say where it is."""
+    return AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB_NAMES if key in kwargs})
 
 
 def load_as_saved(name: str, kwargs: Mapping[str, Any], *, argument: str) -> PreTrainedModel:
@@ -20,7 +25,7 @@ def load_as_saved(name: str, kwargs: Mapping[str, Any], *, argument: str) -> Pre
     Raises:
         ValueError: the config does not say which class of Transformers it was saved from.
     """
-    config = AutoConfig.from_pretrained(name, **{key: kwargs[key] for key in _HUB_NAMES if key in kwargs})
+    config = read_config(name, kwargs)
     architecture = next(iter(config.architectures or ()), "")
     if not hasattr(transformers, architecture):
         raise ValueError(

@@ -1,13 +1,17 @@
 """Models given by name or path: the right Auto class, found through the other model of the pair."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModelForTextEncoding, PreTrainedModel
 
 from hf_distill.models.heads import auto_class_name, task_model
-from hf_distill.models.loading import load_as_saved
+from hf_distill.models.loading import load_as_saved, read_config
+
+# What builds a model without a head.
+_HEADLESS = "AutoModel"
 
 
 def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) -> PreTrainedModel:
@@ -31,9 +35,11 @@ def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) 
             f"teacher_model={name!r} is a name, but no Auto class builds models like the student "
             f"({type(task_model(student)).__name__}). Load the teacher yourself and pass the module."
         )
-    loader = getattr(transformers, auto_class)
+    loader = _loader(auto_class, name, kwargs)
     teacher, info = loader.from_pretrained(name, **kwargs, output_loading_info=True)
-    if info["missing_keys"]:
+    if auto_class == _HEADLESS and {key.split(".")[0] for key in info["missing_keys"]} == {"pooler"}:
+        teacher.pooler = None  # noise, as language models are saved without; so it is with add_pooling_layer=False
+    elif info["missing_keys"]:
         raise ValueError(
             f"teacher_model={name!r} has no weights for {', '.join(sorted(info['missing_keys']))}: as "
             f"{type(teacher).__name__} it would teach noise. Fine-tune it for the task first, or load it yourself and "
@@ -58,8 +64,14 @@ def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) 
         config = task_model(teacher).config
         if "num_labels" not in kwargs and "id2label" not in kwargs and _names_labels(auto_class):
             kwargs |= {"id2label": config.id2label, "label2id": config.label2id}
-        return getattr(transformers, auto_class).from_pretrained(name, **kwargs)
+        return _loader(auto_class, name, kwargs).from_pretrained(name, **kwargs)
     return load_as_saved(name, kwargs, argument="model")
+
+
+def _loader(auto_class: str, name: str, kwargs: Mapping[str, Any]) -> Any:
+    """The Auto class; without a head that of encoders alone, where the model saved under `name` has a decoder too."""
+    alone = auto_class == _HEADLESS and type(read_config(name, kwargs)) in MODEL_FOR_TEXT_ENCODING_MAPPING
+    return AutoModelForTextEncoding if alone else getattr(transformers, auto_class)
 
 
 def _names_labels(auto_class: str) -> bool:

@@ -18,7 +18,7 @@ from hf_distill.models.heads import (
     task_model,
 )
 from hf_distill.signals import Task
-from tests.tiny import ZOO, bert, llama, pair, rows
+from tests.tiny import EMBEDDERS, ZOO, bert, embedder, llama, pair, rows
 from tests.training import batch_of
 
 TEXT = {
@@ -244,9 +244,32 @@ class Chat(hf.LlamaPreTrainedModel, hf.GenerationMixin):
         raise NotImplementedError
 
 
+class Classifier(hf.BertModel):
+    """A user's own head on a model without one, told by nothing but the labels that it takes."""
+
+    def forward(self, input_ids=None, labels=None):
+        raise NotImplementedError
+
+
+class Sentences(hf.BertModel):
+    """A user's own embeddings."""
+
+    def forward(self, input_ids=None, attention_mask=None):
+        raise NotImplementedError
+
+
+class Spans(hf.BertModel):
+    """A user's own head on a model without one, told by what its forward takes."""
+
+    def forward(self, input_ids=None, start_positions=None, end_positions=None):
+        raise NotImplementedError
+
+
 @pytest.mark.parametrize(
     ("cls", "config", "task", "auto"),
     [
+        (Sentences, hf.BertConfig(**TEXT), Task.EMBEDDING, "AutoModel"),
+        (Spans, hf.BertConfig(**TEXT), Task.QUESTION_ANSWERING, None),
         (Sentiment, hf.BertConfig(**TEXT), SEQUENCE, "AutoModelForSequenceClassification"),
         (MyEncoderForTokenClassification, hf.BertConfig(**TEXT), TOKENS, None),
         (Extractor, hf.BertConfig(**TEXT), Task.QUESTION_ANSWERING, None),
@@ -264,8 +287,8 @@ def test_a_users_own_class_is_understood(cls, config, task, auto):
 @pytest.mark.parametrize(
     "model",
     [
-        lambda: hf.BertModel(hf.BertConfig(**TEXT)),
-        lambda: hf.ViTModel(hf.ViTConfig(**VIT)),
+        lambda: Classifier(hf.BertConfig(**TEXT)),
+        lambda: hf.MgpstrForSceneTextRecognition(hf.MgpstrConfig(**TEXT)),  # AutoModel builds it, head and all
         lambda: hf.Wav2Vec2ForXVector(hf.Wav2Vec2Config(**SOUND, tdnn_dim=(8,), tdnn_kernel=(1,), tdnn_dilation=(1,))),
         lambda: hf.BertForNextSentencePrediction(hf.BertConfig(**TEXT)),
     ],
@@ -274,6 +297,17 @@ def test_a_head_of_no_supported_task_is_refused_by_its_class(model):
     made = model()
     with pytest.raises(ValueError, match=rf"head of {type(made).__name__} predicts.*Use a model with one of these"):
         find_task(made)
+
+
+@pytest.mark.parametrize("name", EMBEDDERS)
+def test_a_model_without_a_head_embeds(name):
+    model = embedder(name)
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear)][:1]
+    compiled = torch.compile(model, backend="eager")
+    for each in (model, compiled, get_peft_model(model, LoraConfig(r=2, target_modules=linear))):
+        assert find_task(each) is Task.EMBEDDING
+        assert auto_class_name(each) == "AutoModel"
+    assert Task.EMBEDDING.one_item_per_row
 
 
 @pytest.mark.parametrize("masked", [True, False])
