@@ -70,10 +70,9 @@ class StepMixin(EvaluationMixin):
         """The weights of the KD items in their shape; None where all weigh alike."""
         if self._item_weights is None:
             return None
-        logits = (
-            None if teacher_output is None else self._pair.align_teacher(teacher_output.logits, batch.items.kd.device)
-        )
-        return self._item_weights(batch, logits)
+        if teacher_output is None:  # the term is off where it is not asked, and nothing reads what it weighs by
+            return None if self._item_weights.needs_teacher else self._item_weights(batch)
+        return self._item_weights(batch, self._pair.align_teacher(teacher_output.logits, batch.items.kd.device))
 
     def ask_teacher(self, batch: Batch, terms: ActiveTerms, *, training: bool) -> TeacherOutput | None:
         """What the teacher says about a batch; None where nobody asks."""

@@ -116,12 +116,12 @@ class DistillationMixin(LayerTrainingMixin):
             # The main process may make the batches of all (`dispatch_batches`, the default for streams).
             always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
+        check_logits(self, self._some_label)
         self._plan_logits()
         self._plan_layers(self.model)
 
     def _plan_logits(self) -> None:
-        """Checks the logit term, and makes ready what weighs its items."""
-        check_logits(self, self._some_label)
+        """Makes ready what weighs the items of the logit term."""
         self._signature_columns = None  # other weights read other columns
         self._weighted_by = self.args.distillation.logits.item_weights
         collator: Any = self.data_collator
@@ -157,6 +157,7 @@ class DistillationMixin(LayerTrainingMixin):
         # `auto_find_batch_size` and a hyperparameter search come here anew: nothing of the last try may be logged.
         self._reset_logs()
         self._starts = True
+        check_logits(self, self._some_label)
         if self.args.distillation.logits.item_weights != self._weighted_by:
             self._plan_logits()
         check_arguments(self.args, self._arguments_class)
@@ -165,10 +166,11 @@ class DistillationMixin(LayerTrainingMixin):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         collator: Any = self.data_collator
-        if collator.row_weights is None or kwargs.get("is_training", False):
+        weights = getattr(collator, "row_weights", None)  # the user may have set a collator of their own since
+        if weights is None or kwargs.get("is_training", False):
             return super()._get_dataloader(*args, **kwargs)
         evaluating = copy(collator)
-        evaluating.row_weights = collator.row_weights.for_evaluation()
+        evaluating.row_weights = weights.for_evaluation()
         self.data_collator = evaluating
         try:
             return super()._get_dataloader(*args, **kwargs)

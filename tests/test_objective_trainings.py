@@ -167,6 +167,17 @@ def test_rows_without_the_weights_column_serve_an_evaluation(tmp_path):
     assert math.isfinite(trainer.evaluate()["eval_kd"])
 
 
+@pytest.mark.parametrize("by", [{"by": "teacher"}, {"by": "column", "column": "distill_weight"}])
+def test_items_may_be_weighed_in_a_term_that_is_on_for_a_part_of_the_training(by, tmp_path):
+    config = {"task": {}, "logits": {"active": [0.5, 1], "item_weights": [by]}}
+    trainer = make_trainer(
+        tmp_path, distillation_config=config, train_dataset=weighted_rows("bert"), eval_dataset=None, max_steps=4
+    )
+    trainer.train()
+    assert len(logged(trainer, "loss")) == 4
+    assert len(logged(trainer, "loss_kd")) == 2
+
+
 REFUSED = [
     ("bert-multi-label", {"kd_loss": "reverse_kl"}, "none. Take forward_kl, which means binary_forward_kl there"),
     ("bert-regression", {"kd_loss": "jsd"}, "which means logit_mse there"),

@@ -78,7 +78,7 @@ class LossSpec:
         """Of a loss of logits, the keywords that are the user's: all but those that the term and the batch fill in."""
         return tuple(name for name in self._keywords if name not in _FILLED_IN)
 
-    @property
+    @functools.cached_property
     def _keywords(self) -> list[str]:
         parameters = inspect.signature(self.function).parameters.values()
         return [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
