@@ -12,7 +12,7 @@ from hf_distill.config import DistillationConfig, default_config, flat_values, r
 from hf_distill.presets import load_preset
 
 _SOURCES = ("preset", "distillation_config")
-_FLAT = (
+FLAT_FIELDS = (
     "task_weight",
     "kd_weight",
     "kd_loss",
@@ -115,7 +115,10 @@ class DistillationTrainingArguments(TrainingArguments):
     )
     temperature_schedule: str | None = field(
         default=None,
-        metadata={"help": "How T goes from temperature to temperature_final: linear, cosine or exponential."},
+        metadata={
+            "help": "How T goes from temperature to temperature_final: linear (the default beside temperature_final), "
+            "cosine or exponential."
+        },
     )
     temperature_final: float | None = field(default=None, metadata={"help": "T at the end of the training."})
     temperature_squared: bool | None = field(
@@ -183,6 +186,7 @@ class DistillationTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        self._read_json()
         super().__post_init__()
         for name in ("teacher_model_init_kwargs", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):
@@ -197,23 +201,33 @@ class DistillationTrainingArguments(TrainingArguments):
             self.distillation_config = DistillationConfig.load(self.distillation_config).to_dict()
         if self.layer_mapping is not None:
             self.layer_mapping = write_map(read_map(self.layer_mapping, "layer_mapping"))
-        for name in ("temperature", "teacher_scale"):  # as they come from a command line
-            if isinstance(value := getattr(self, name), str):
-                with contextlib.suppress(ValueError):
-                    setattr(self, name, float(value))
-        if isinstance(self.item_weights, str):  # Trainer's own reading of JSON knows no lists
-            self.item_weights = json.loads(self.item_weights)
         _ = self.distillation
         self._check_readers()
+
+    def _read_json(self) -> None:
+        """Takes JSON and numbers out of the texts that a command line gives."""
+        for name in (*FLAT_FIELDS, "distillation_config"):
+            value = getattr(self, name)
+            if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
+                try:
+                    setattr(self, name, json.loads(value))
+                except ValueError as error:
+                    raise ValueError(
+                        f"{name}={value!r} is no JSON ({error}). Write names and texts in double quotes, and on a "
+                        'command line the whole in single ones: \'{"policy": "adaptive"}\'.'
+                    ) from None
+            elif isinstance(value, str) and name in ("temperature", "teacher_scale"):
+                with contextlib.suppress(ValueError):
+                    setattr(self, name, float(value))
 
     @property
     def distillation(self) -> DistillationConfig:
         """The checked terms these arguments stand for, as they are now: a hyperparameter search may change them."""
-        now = [getattr(self, name) for name in (*_SOURCES, *_FLAT)]
+        now = [getattr(self, name) for name in (*_SOURCES, *FLAT_FIELDS)]
         before, config = self.__dict__.get("_compiled", (None, None))
         if config is None or now != before:
             config = self._compile()
-            self._compiled = (copy.deepcopy([getattr(self, name) for name in (*_SOURCES, *_FLAT)]), config)
+            self._compiled = (copy.deepcopy([getattr(self, name) for name in (*_SOURCES, *FLAT_FIELDS)]), config)
         return config
 
     def _compile(self) -> DistillationConfig:
@@ -234,13 +248,17 @@ class DistillationTrainingArguments(TrainingArguments):
                 filled[name] = value
                 setattr(self, name, value)
         self._filled = filled
-        return with_flat_values(base, **{name: getattr(self, name) for name in _FLAT})
+        return with_flat_values(base, **{name: getattr(self, name) for name in FLAT_FIELDS})
 
     def _check_readers(self) -> None:
         """Refuses a loss or a map that no term reads. A search that tries a weight of 0 may keep its loss."""
         for name in _OF_THE_LOGITS:
             if (value := getattr(self, name)) is not None and self.kd_weight == 0:
                 raise ValueError(f"{name}={value!r}, but kd_weight is 0, so nobody reads it. Set the weight.")
+        if isinstance(self.temperature, dict) and self.kd_weight == 0 and "temperature" not in self._filled:
+            raise ValueError(
+                f"temperature={self.temperature!r}, but kd_weight is 0, so nobody reads it. Set the weight."
+            )
         weights = {"hidden": self.hidden_weight, "attention": self.attention_weight}
         for name, weight in weights.items():
             if (loss := getattr(self, f"{name}_loss")) is not None and weight == 0:

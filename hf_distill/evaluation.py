@@ -10,6 +10,7 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
 
 from hf_distill.accounting import TermMeter, mark_repeated_rows
+from hf_distill.arguments import FLAT_FIELDS
 from hf_distill.batches import TARGETS, Batch, student_inputs
 from hf_distill.item_weights import ItemWeights
 from hf_distill.matching.plan import batch_columns
@@ -133,6 +134,19 @@ class EvaluationMixin(TrainerBase):
             if totals.get(f"group_items_{name}"):
                 metrics[f"{metric_key_prefix}_loss_{name}"] = totals[f"group_{name}"] / totals[f"group_items_{name}"]
         return output._replace(metrics=metrics)
+
+    def _hp_search_setup(self, trial: Any) -> None:
+        # `Trainer` casts what a trial tries to the type of what was there: 3.8 becomes 3 beside temperature=4.
+        args: Any = self.args
+        before = {name: getattr(args, name) for name in FLAT_FIELDS}
+        for name in before:
+            setattr(args, name, None)
+        try:
+            super()._hp_search_setup(trial)
+        finally:
+            for name, value in before.items():
+                if getattr(args, name) is None:
+                    setattr(args, name, value)
 
     def hyperparameter_search(
         self,

@@ -64,6 +64,11 @@ def make_weights(trainer: Any, label: Any) -> tuple[RowWeights | None, ItemWeigh
         return None, None
     check_weights(term.item_weights, trainer.train_dataset)
     follows = any(getattr(setting, "follow", None) for setting in term.item_weights)
+    if follows and trainer.args.eval_strategy == "no":
+        raise ValueError(
+            "Weights that follow the loss of each group need evaluations during the training, and eval_strategy is "
+            "'no'. Set eval_strategy='steps' or 'epoch'."
+        )
     if follows and isinstance(trainer.eval_dataset, Mapping):
         raise ValueError(
             "Weights that follow the loss of each group need one eval_dataset, and here is a dict of several. Join "

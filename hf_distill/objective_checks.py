@@ -113,11 +113,17 @@ def _check_classes(spec: LossSpec, term: LogitTerm, classes: int | None) -> None
 
 def _check_temperature(spec: LossSpec, term: LogitTerm, task: Task, kind: str | None) -> None:
     policy = term.temperature
-    if not spec.takes_temperature and (isinstance(policy, TemperaturePolicy) or not term.temperature_squared):
-        raise ValueError(
-            f"kd_loss={spec.name!r} has no temperature, so nobody would read temperature={policy!r} with "
-            f"temperature_squared={term.temperature_squared}. Drop them, or take a loss such as forward_kl."
-        )
+    if not spec.takes_temperature:
+        unread = {
+            "temperature": isinstance(policy, TemperaturePolicy),
+            "temperature_squared": not term.temperature_squared,
+        }
+        names = [name for name, given in unread.items() if given]
+        if names:
+            raise ValueError(
+                f"kd_loss={spec.name!r} has no temperature, so nobody would read {' and '.join(names)}. Drop "
+                f"{'it' if len(names) == 1 else 'them'}, or take a loss such as forward_kl."
+            )
     if isinstance(policy, LearnedTemperature) and spec.name != "forward_kl":
         raise ValueError(
             f"temperature: {{policy: learned}} has a gradient for forward_kl alone, and the loss is {spec.name}"

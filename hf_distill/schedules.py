@@ -93,7 +93,7 @@ class Schedule:
         missing = [key for name, key in _KEYS.items() if getattr(self, name) is None]
         if missing:
             raise ValueError(
-                f"A {self.kind} schedule needs {' and '.join(missing)}. Write {{kind: {self.kind}, from: 8, to: 2}}."
+                f"A {self.kind} schedule needs {' and '.join(missing)}. Write {{kind: {self.kind}, from: 1, to: 0.1}}."
             )
         for name, key in _KEYS.items():
             value, word = getattr(self, name), "value" if (self.kind, key) == ("constant", "from") else key
@@ -235,6 +235,8 @@ def _is_point(point: Any) -> bool:
 
 
 def _read_fields(values: Any) -> dict[str, Any]:
+    if isinstance(values, Mapping) and "policy" in values and "kind" not in values:  # as temperatures have it
+        values = {"kind" if key == "policy" else key: value for key, value in values.items()}
     if not isinstance(values, Mapping) or not isinstance(values.get("kind"), str):
         raise ValueError(
             f"{values!r} is no schedule. Write a number, or a mapping such as {{kind: linear, from: 8, to: 2}}; "

@@ -27,8 +27,10 @@ from hf_distill.fused_terms import FusedTerms
 from hf_distill.histograms import write_histogram
 from hf_distill.items import LABEL_MASK
 from hf_distill.layer_training import LayerTrainingMixin
-from hf_distill.logit_setup import check_logits, make_weights
+from hf_distill.logit_setup import check_logits, known_problem_type, make_weights
+from hf_distill.losses.base import LOSSES, LossSpec
 from hf_distill.models.heads import frame_mask, input_names
+from hf_distill.objective import loss_name
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import (
     check_arguments,
@@ -207,6 +209,9 @@ class DistillationMixin(LayerTrainingMixin):
                 output = self.ask_teacher(batch, terms, training=True)
                 batches[number] = {**inputs, TEACHER_OUTPUT: output}
             items.append(self.count(batch, output))
+            if self._item_weights is not None:
+                self._meter.add("item_weights", items[-1][2])
+                self._meter.add("weighed_items", batch.items.kd.sum())
         counts = StepCounts.of_window(items, self.accelerator, across_devices=self.args.average_tokens_across_devices)
         self._windows += 1
         self._step_weights = self._weights(terms)
@@ -237,12 +242,16 @@ class DistillationMixin(LayerTrainingMixin):
             if self._temperatures is not None:
                 logs, histogram = self._temperatures.totals(self.accelerator)
                 histogram = histogram if temperature.is_per_item else None
-        elif self._term_steps["loss_kd"]:
+        elif self._term_steps["loss_kd"] and self._loss_of_logits().takes_temperature:
             logs["temperature"] = temperature
         for name, term in config.terms.items():
             if term.weight > 0 and (term.weight_schedule is not None or self._balancer is not None):
                 logs[f"weight_{name}"] = float(self._step_weights.get(name, 0.0))
         return logs, histogram
+
+    def _loss_of_logits(self) -> LossSpec:
+        kind = known_problem_type(self, self._some_label) or "single_label_classification"
+        return LOSSES.get(loss_name(self.args.distillation.logits, self._pair.task, kind))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """`Trainer.log`, with the terms beside the training loss: exact over micro-batches and ranks."""
@@ -256,6 +265,8 @@ class DistillationMixin(LayerTrainingMixin):
             logs |= {name: totals[name] / number for name, number in steps.items()}
             changing, histogram = self._now()
             logs |= changing
+            if totals.get("weighed_items"):
+                logs["item_weight"] = totals["item_weights"] / totals["weighed_items"]
             logs["labelled_fraction"] = totals["labelled"] / totals["rows"]
             self._reset_logs()
         super().log(logs, start_time)

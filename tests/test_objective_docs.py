@@ -11,7 +11,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
-from hf_distill.arguments import _FLAT
+from hf_distill.arguments import FLAT_FIELDS
 from hf_distill.config import DistillationConfig, LogitTerm
 from hf_distill.config.terms import BALANCES, TRANSFORMS
 from hf_distill.losses import LOSSES
@@ -79,7 +79,7 @@ WORDS = {
     "balances": [kind for kind in BALANCES if kind != "none"],
     "transforms": [kind for kind in TRANSFORMS if kind != "none"],
     "fields": [field.name for field in fields(LogitTerm)],
-    "arguments": {*_FLAT} - FLAT_OF_LAYERS,
+    "arguments": {*FLAT_FIELDS} - FLAT_OF_LAYERS,
 }
 
 

@@ -5,8 +5,15 @@ import warnings
 
 import pytest
 import torch
+from transformers import DataCollatorForTokenClassification  # pads labels as they are
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
+from hf_distill.config import LogitTerm
+from hf_distill.presets import load_preset
+from hf_distill.schedules import Schedule
+from hf_distill.temperature import AdaptiveTemperature, ScheduledTemperature
+from hf_distill.weighting import PhraseWeights
 from tests import tiny
 from tests.invariants.objective_cases import LANGUAGES, weighted_rows
 from tests.test_phrases import CORPUS, byte_bpe, wordpiece
@@ -26,8 +33,6 @@ def text_trainer(folder, tokenizer, make, texts=TEXTS, **options):
     for seed in (0, 1):
         torch.manual_seed(seed)
         models.append(make(vocab_size=len(tokenizer)))
-    from transformers import DataCollatorForTokenClassification  # pads labels as they are
-
     options = {"task_weight": 0.0, "max_steps": 1, "learning_rate": 0.0, **options}
     return DistillationTrainer(
         models[0],
@@ -187,7 +192,8 @@ REFUSED = [
     ("wav2vec2-ctc", {"kd_loss": "dkd"}, "no single one per item"),
     ("bert", {"kd_loss": "jsd", "temperature": {"policy": "learned"}}, "for forward_kl alone"),
     ("bert-multi-label", {"temperature": {"policy": "learned"}}, "which forward_kl means for multi label"),
-    ("bert", {"kd_loss": "logit_mse", "temperature_squared": False}, "nobody would read"),
+    ("bert", {"kd_loss": "logit_mse", "temperature_squared": False}, "nobody would read temperature_squared"),
+    ("bert", {"item_weights": [{"by": "group", "column": "language", "follow": "loss"}]}, "eval_strategy is 'no'"),
     ("bert", {"kd_loss": "nkd", "temperature_squared": False}, "of nkd only a part"),
     ("bert", {"item_weights": [{"by": "column", "column": "no_such"}]}, "'no_such'"),
     ("bert-regression", {"item_weights": [{"by": "teacher"}]}, "plain numbers"),
@@ -197,8 +203,9 @@ REFUSED = [
 
 @pytest.mark.parametrize(("name", "settings", "complaint"), REFUSED)
 def test_what_cannot_work_is_refused_before_the_first_step(name, settings, complaint, tmp_path):
+    rows = [{**row, "language": "en"} for row in tiny.rows(tiny.ZOO[name][1])]
     with pytest.raises(ValueError, match=complaint):
-        make_trainer(tmp_path, name, **settings)
+        make_trainer(tmp_path, name, train_dataset=rows, eval_dataset=rows, **settings)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +224,15 @@ def test_two_classes_are_refused_where_they_make_a_term_constant(settings, tmp_p
         ({"kd_weight": 0.0, "kd_loss": "jsd", "kd_options": {"beta": 0.1}}, "kd_weight is 0"),
         ({"kd_weight": 0.0, "item_weights": [{"by": "column"}]}, "kd_weight is 0"),
         ({"temperature_schedule": "linear"}, "from one number to another"),
+        ({"temperature_final": 2.0}, "from one number to another"),
+        ({"temperature": "linear"}, r"Write \{policy: linear, from: "),
+        ({"temperature": [8, 2]}, r"or a policy such as \{policy: linear"),
+        ({"temperature": "{'policy': 'adaptive'}"}, "temperature=.*is no JSON.*double quotes"),
+        ({"item_weights": "[{'by': 'teacher'}]"}, "item_weights=.*is no JSON"),
+        ({"kd_weight": 0.0, "temperature": {"policy": "adaptive"}}, "kd_weight is 0"),
+        ({"kd_loss": "jsd", "kd_options": {"beta": 1.5}}, r"kd_options \(options\) of jsd: beta is 1.5"),
+        ({"kd_loss": "top_k_kl", "kd_options": {"k": 0}}, "of top_k_kl"),
+        ({"distillation_config": {"kd": {}}}, "is called logits"),
         ({"temperature_schedule": "lienar", "temperature_final": 1.0}, "mean 'linear'"),
         ({"temperature": "adaptiv"}, "adaptive"),
         ({"kd_loss": "jsd", "kd_options": {"bta": 0.1}}, "Did you mean 'beta'"),
@@ -237,6 +253,57 @@ def test_settings_that_nobody_reads_or_nobody_knows_are_refused(settings, compla
         arguments(tmp_path, **settings)
 
 
+def test_a_search_tries_numbers_as_they_are_and_policies_too(tmp_path):
+    trainer = make_trainer(tmp_path, temperature=4, kd_weight=1, task_weight=1)
+    trainer.hp_search_backend = HPSearchBackend.RAY  # whose trial is the values
+    tried = [
+        {"temperature": 3.79, "kd_weight": 0.723},
+        {"temperature": {"policy": "adaptive"}, "kd_loss": "jsd", "kd_options": {"beta": 0.2}},
+        {"temperature": 2.5},
+    ]
+    for values in tried:
+        trainer._hp_search_setup({**values})
+        assert {name: getattr(trainer.args, name) for name in values} == values
+        assert trainer.args.distillation.logits.weight == 0.723
+    assert trainer.args.distillation.logits.temperature == 2.5
+
+
+def test_options_beside_a_presets_change_those_that_are_given(tmp_path):
+    args = arguments(tmp_path, preset="dist", kd_options={"inter": 3})
+    assert args.distillation.logits.options == {**load_preset("dist").config().logits.options, "inter": 3}
+    assert len(args.distillation.logits.options) == 2
+
+
+def test_one_policy_may_be_written_in_many_ways():
+    schedule = Schedule("linear", 8, 2)
+    policies = [
+        schedule,
+        ScheduledTemperature(schedule),
+        {"policy": "linear", "from": 8, "to": 2},
+        {"kind": "linear", "from": 8, "to": 2},
+    ]
+    assert len({LogitTerm(temperature=policy) for policy in policies}) == 1
+    assert LogitTerm(temperature="adaptive").temperature == AdaptiveTemperature()
+    weights = [PhraseWeights(phrases=("heart",)), {"by": "phrases", "phrases": ["heart"]}]
+    assert LogitTerm(item_weights=weights[0]) == LogitTerm(item_weights=[weights[1]])
+
+
+def test_the_mean_weight_of_the_items_is_logged(tmp_path):
+    rows = weighted_rows("bert")
+    weights = [{"by": "column", "column": "distill_weight"}]
+    trainer = make_trainer(tmp_path, train_dataset=rows, item_weights=weights, max_steps=1)
+    trainer.train()
+    expected = sum(row["distill_weight"] for row in rows[:4]) / 4
+    assert logged(trainer, "item_weight") == pytest.approx([expected])
+
+
+def test_a_temperature_that_the_loss_does_not_have_is_not_logged(tmp_path):
+    trainer = make_trainer(tmp_path, kd_loss="logit_mse")
+    trainer.train()
+    assert logged(trainer, "temperature") == []
+    assert len(logged(trainer, "loss_kd")) == 2
+
+
 def test_schedules_that_leave_a_part_of_the_training_without_a_term_are_refused(tmp_path):
     off = {"kind": "linear", "from": 1, "to": 0, "end": 0.5}
     with pytest.raises(ValueError, match="No term is active between 50% and 100%"):
@@ -246,21 +313,12 @@ def test_schedules_that_leave_a_part_of_the_training_without_a_term_are_refused(
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_an_annealed_teacher_is_scaled_by_the_progress(name, tmp_path):
     scale = {"kind": "linear", "from": 0.25, "to": 1}
-    trainer = make_trainer(
-        tmp_path, name, teacher_scale=scale, kd_loss="logit_mse", max_steps=4, learning_rate=0.0, task_weight=0.0
-    )
+    options = {"kd_loss": "logit_mse", "learning_rate": 0.0, "task_weight": 0.0}
+    trainer = make_trainer(tmp_path, name, teacher_scale=scale, max_steps=4, **options)
     trainer.train()
     fixed = []
-    for progress in (0, 0.25, 0.5, 0.75):
-        other = make_trainer(
-            tmp_path,
-            name,
-            teacher_scale=0.25 + 0.75 * progress,
-            kd_loss="logit_mse",
-            max_steps=4,
-            learning_rate=0.0,
-            task_weight=0.0,
-        )
+    for step, progress in enumerate((0, 0.25, 0.5, 0.75), 1):
+        other = make_trainer(tmp_path, name, teacher_scale=0.25 + 0.75 * progress, max_steps=step, **options)
         other.train()
-        fixed.append(logged(other, "loss_kd")[len(fixed)])
+        fixed.append(logged(other, "loss_kd")[-1])
     assert logged(trainer, "loss_kd") == pytest.approx(fixed, rel=1e-5)

@@ -127,7 +127,7 @@ def test_only_one_number_throughout_is_constant():
 @pytest.mark.parametrize(
     ("written", "message"),
     [
-        ("linear", r"^w: A linear schedule needs from and to\. Write \{kind: linear, from: 8, to: 2\}"),
+        ("linear", r"^w: A linear schedule needs from and to\. Write \{kind: linear, from: 1, to: 0\.1\}"),
         ({"kind": "cosine", "from": 1}, "A cosine schedule needs to"),
         ("warmpu", "Unknown kind of schedule 'warmpu'. Did you mean 'warmup'"),
         ({"kind": "linear", "form": 8, "to": 2}, "'form'. Did you mean 'from'"),

@@ -69,6 +69,8 @@ class DistillationConfig:
         Raises:
             ValueError: an unknown key at any depth, or values that the terms refuse.
         """
+        if isinstance(values, Mapping) and "kd" in values:
+            raise ValueError("kd: in a config the term of the logits is called logits. Rename the key.")
         check_keys(values, ("task", "logits", "matches", "balance"), "")
         matches = values.get("matches", [])
         if not isinstance(matches, list | tuple):

@@ -1,6 +1,5 @@
 """The short form: a config with the flat fields of the arguments laid over it."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -79,14 +78,13 @@ def with_flat_values(
         "loss": kd_loss,
         "temperature": _temperature(temperature, temperature_schedule, temperature_final),
         # Another loss has other options.
-        "options": config.logits.options if kd_loss == config.logits.loss else {},
+        "options": {**(config.logits.options if kd_loss == config.logits.loss else {}), **(kd_options or {})},
     }
     given: dict[str, Any] = {
-        "options": None if kd_options is None else _plain(kd_options, "kd_options"),
         "temperature_squared": temperature_squared,
         "transform": logit_transform,
         "teacher_scale": None if teacher_scale is None else read_number_or_schedule(teacher_scale, "teacher_scale"),
-        "item_weights": None if item_weights is None else read_item_weights(_plain(item_weights, "item_weights")),
+        "item_weights": None if item_weights is None else read_item_weights(item_weights),
     }
     logits |= {name: value for name, value in given.items() if value is not None}
     changed = replace(
@@ -94,29 +92,19 @@ def with_flat_values(
         logits=replace(config.logits, **logits),
         task=replace(config.task, weight=task_weight),
         matches=tuple(matches.values()),
-        balance=config.balance if loss_balance is None else read_balance(_plain(loss_balance, "loss_balance")),
+        balance=config.balance if loss_balance is None else read_balance(loss_balance),
     )
-    return changed if weight_schedules is None else _scheduled(changed, _plain(weight_schedules, "weight_schedules"))
-
-
-def _plain(value: Any, name: str) -> Any:
-    """Plain values, from JSON where a command line gives a text of it."""
-    if not (isinstance(value, str) and value.startswith(("[", "{"))):
-        return value
-    try:
-        return json.loads(value)
-    except ValueError as error:
-        raise ValueError(f"{name}={value!r} is no JSON: {error}.") from None
+    return changed if weight_schedules is None else _scheduled(changed, weight_schedules)
 
 
 def _temperature(value: Any, schedule: str | None, final: float | None) -> Any:
     if schedule is None and final is None:
         return read_temperature(value)
-    if final is None or not is_number(value):
+    if final is None or not is_number(value) or value == final:
         raise ValueError(
             f"temperature={value!r}, temperature_schedule={schedule!r}, temperature_final={final!r}: a schedule goes "
-            "from one number to another. Give temperature=8, temperature_schedule='linear', temperature_final=2, or "
-            "the whole policy as temperature={'policy': 'linear', 'from': 8, 'to': 2, 'end': 0.5}."
+            "from one number to another one. Give temperature=8, temperature_schedule='linear', temperature_final=2, "
+            "or the whole policy as temperature={'policy': 'linear', 'from': 8, 'to': 2, 'end': 0.5}."
         )
     known = ("linear", "cosine", "exponential")
     check_choice("temperature_schedule", schedule or known[0], known)
@@ -130,6 +118,7 @@ def _scheduled(config: DistillationConfig, schedules: Any) -> DistillationConfig
             f"weight_schedules={schedules!r} is no mapping. Write {{'kd': {{'kind': 'linear', 'from': 1, 'to': 0}}}}."
         )
     for name, value in schedules.items():
+        name = "kd" if name == "logits" else name  # as the term is called in a config
         check_choice("weight_schedules", name, config.terms)
         if config.terms[name].weight == 0:
             raise ValueError(f"weight_schedules: the weight of {name} is 0, so nobody reads its schedule. Set it.")

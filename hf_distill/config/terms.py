@@ -1,9 +1,12 @@
 """The task's and the logits' term, how terms are balanced, and what a match is made of: projections, layer maps."""
 
+import functools
 import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
 
 from hf_distill.config.checks import (
     ALWAYS,
@@ -18,8 +21,8 @@ from hf_distill.config.checks import (
 from hf_distill.layer_mapping import DYNAMIC_MAPS, EXPLICIT_MAP, MAPS
 from hf_distill.losses import LOSSES
 from hf_distill.schedules import Schedule
-from hf_distill.temperature import TemperaturePolicy
-from hf_distill.weighting import ItemWeighting
+from hf_distill.temperature import ScheduledTemperature, TemperaturePolicy, read_temperature
+from hf_distill.weighting import ItemWeighting, read_item_weights
 
 TRANSFORMS = ("none", "standardize")
 BALANCES = ("none", "uncertainty", "magnitude")
@@ -113,14 +116,20 @@ class LogitTerm(Term):
         check_window("logits.active", self.active)
         check_weight_schedule("logits.weight_schedule", self.weight_schedule)
         self._check_loss()
+        if isinstance(self.temperature, Schedule):
+            object.__setattr__(self, "temperature", ScheduledTemperature(self.temperature))
+        elif isinstance(self.temperature, str | Mapping):
+            object.__setattr__(self, "temperature", read_temperature(self.temperature))
+        object.__setattr__(self, "item_weights", read_item_weights(self.item_weights))
         if not isinstance(self.temperature, TemperaturePolicy) and not (
             is_number(self.temperature) and self.temperature > 0
         ):
             raise ValueError(
                 f"temperature={self.temperature!r}, but it divides the logits: it must be a positive number "
-                "(1 compares the distributions as they are, 2 to 4 is usual)."
+                "(1 compares the distributions as they are, 2 to 4 is usual), or a policy such as "
+                "{policy: linear, from: 8, to: 2}."
             )
-        check_choice("logits.transform", self.transform, TRANSFORMS)
+        check_choice("transform (logit_transform)", self.transform, TRANSFORMS)
         scale = self.teacher_scale
         lowest = scale.lowest if isinstance(scale, Schedule) else scale
         if not (is_number(lowest) and lowest > 0):
@@ -153,16 +162,25 @@ def check_options(loss: str, options: Any) -> None:
     for name, value in options.items():
         if name not in defaults:
             raise ValueError(
-                f"options: {loss} takes no {name!r}.{did_you_mean(name, defaults)} It takes "
+                f"kd_options (options): {loss} takes no {name!r}.{did_you_mean(name, defaults)} It takes "
                 f"{', '.join(defaults) or 'none'}."
             )
         if isinstance(defaults[name], bool) != isinstance(value, bool) or (
             is_number(defaults[name]) and not is_number(value)
         ):
-            raise ValueError(f"options: {name}={value!r}, but it must be like {defaults[name]!r}.")
-    if missing := [name for name, default in defaults.items() if default is inspect.Parameter.empty]:
-        if missing := [name for name in missing if name not in options]:
-            raise ValueError(f"options: {loss} needs {', '.join(missing)}.")
+            kind = "true or false" if isinstance(defaults[name], bool) else f"a number such as {defaults[name]}"
+            raise ValueError(f"kd_options (options): {name}={value!r} of {loss}, but it must be {kind}.")
+    if options:
+        _try_options(loss, tuple(sorted(options.items())))
+
+
+@functools.cache
+def _try_options(loss: str, options: tuple[tuple[str, Any], ...]) -> None:
+    """Lets the loss itself say what it thinks of the values."""
+    try:
+        LOSSES.get(loss).function(torch.zeros(2, 4), torch.zeros(2, 4), **dict(options))
+    except ValueError as error:
+        raise ValueError(f"kd_options (options) of {loss}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -182,7 +200,7 @@ class Balance:
     momentum: float = 0.9
 
     def __post_init__(self) -> None:
-        check_choice("balance.kind", self.kind, BALANCES)
+        check_choice("balance (loss_balance)", self.kind, BALANCES)
         check_number(
             "balance.learning_rate_factor", self.learning_rate_factor, least=1e-12, expected="it must be a number > 0"
         )

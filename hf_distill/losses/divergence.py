@@ -109,6 +109,9 @@ def subtract_maximum(logits: Tensor, *, out: Tensor) -> None:
 
     Logits of 1e4 carry an error of 5e-4; less their maximum, those that matter are near 0 and exact.
     """
+    if logits.dtype == out.dtype:
+        torch.sub(logits, logits.amax(-1, keepdim=True), out=out)
+        return
     # On a CPU bfloat16 costs half the time if it is converted first.
     out.copy_(logits)
     out.sub_(out.amax(-1, keepdim=True))

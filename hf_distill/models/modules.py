@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
@@ -152,12 +153,17 @@ def check_modules(folder: str | os.PathLike[str], *, expected: bool) -> None:
     Raises:
         ValueError: with what it was written with.
     """
-    if not expected and Path(folder, FILE_NAME).is_file():
-        raise ValueError(
-            f"{folder} holds projections ({FILE_NAME}), and its optimizer their state: it was written with terms "
-            "between layers, which are off now. Resume with those terms, or start anew from its weights: load them as "
-            "the student and leave resume_from_checkpoint out."
-        )
+    path = Path(folder, FILE_NAME)
+    if expected or not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        names = sorted({name.split(".")[0] for name in file.keys()})
+    raise ValueError(
+        f"{folder} holds modules that were trained beside the student ({', '.join(names[:3])}), and its optimizer "
+        "their state: it was written with terms between layers, a learned temperature or a balance, which are off "
+        "now. Resume with those, or start anew from its weights: load them as the student and leave "
+        "resume_from_checkpoint out."
+    )
 
 
 def load_modules(student: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -172,17 +178,18 @@ def load_modules(student: nn.Module, folder: str | os.PathLike[str]) -> None:
         if not expected:
             return
         raise ValueError(
-            f"{folder} has no {FILE_NAME}, so the projections {sorted({*modules})} cannot be resumed. The checkpoint "
-            "was written without these terms, or without us. Resume with the terms it was written with, or start "
-            "anew from its weights: load them as the student and leave resume_from_checkpoint out."
+            f"{folder} has no {FILE_NAME}, so what trains beside the student, {sorted({*modules})}, cannot be "
+            "resumed. The checkpoint was written without these terms, learned temperature or balance, or without us. "
+            "Resume with what it was written with, or start anew from its weights: load them as the student and leave "
+            "resume_from_checkpoint out."
         )
     state: dict[str, Any] = {**load_file(path)}
     found = {name: tuple(value.shape) for name, value in state.items()}
     if found != expected:
         raise ValueError(
             f"{path} does not fit the modules of this training. {_differences(found, expected)}. It was written with "
-            "another layer map, other terms or another teacher: resume with the distillation config it was written "
-            "with."
+            "another layer map, other terms, another teacher or kind of learned temperature: resume with the "
+            "distillation config it was written with."
         )
     set_model_state_dict(modules, state, options=_WHOLE)
 

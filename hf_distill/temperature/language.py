@@ -42,6 +42,8 @@ def read_temperature(value: Any, path: str = "temperature") -> Any:
 
 
 def _read_policy(values: Mapping[str, Any]) -> float | TemperaturePolicy:
+    if "policy" not in values and "kind" in values:  # as other schedules have it
+        values = {"policy" if key == "kind" else key: value for key, value in values.items()}
     if "policy" not in values and (slips := difflib.get_close_matches("policy", map(str, values), n=1)):
         raise ValueError(f"unknown key {slips[0]!r}. Did you mean 'policy'?")
     name = values.get("policy", "constant" if "value" in values else None)
@@ -55,7 +57,10 @@ def _read_policy(values: Mapping[str, Any]) -> float | TemperaturePolicy:
     if policy is ScheduledTemperature:
         if "kind" in options:
             raise ValueError(f"kind={options['kind']!r}: the kind of a temperature's schedule is its `policy`.")
-        schedule = Schedule.of({"kind": name, **options}, name)
+        try:
+            schedule = Schedule.of({**options, "kind": name}, name)
+        except ValueError as error:
+            raise ValueError(str(error).replace("{kind:", "{policy:")) from None
         return schedule.initial if name == "constant" else ScheduledTemperature(schedule)
     known: Registry[str] = Registry(f"key of the temperature policy {name!r}:")
     for field in fields(policy):  # type: ignore[arg-type]

@@ -189,7 +189,7 @@ def test_a_process_that_does_not_write_writes_nothing(tmp_path):
 def test_a_checkpoint_of_other_terms_is_refused_with_what_differs(tmp_path):
     student = attached()
     with pytest.raises(
-        ValueError, match=r"no distillation_modules.safetensors, so the projections \['hidden', 'wide'\]"
+        ValueError, match=r"no distillation_modules.safetensors, so what trains .* student, \['hidden', 'wide'\]"
     ):
         load_modules(student, tmp_path)
     save_modules(student, tmp_path)
