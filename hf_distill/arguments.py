@@ -9,7 +9,11 @@ from typing import Any
 from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.config import DistillationConfig, default_config, flat_values, read_map, with_flat_values, write_map
+from hf_distill.config.checks import check_choice
 from hf_distill.presets import load_preset
+from hf_distill.schedules import Schedule
+from hf_distill.temperature import TemperaturePolicy, write_temperature
+from hf_distill.weighting import read_item_weights, write_item_weights
 
 _SOURCES = ("preset", "distillation_config")
 FLAT_FIELDS = (
@@ -201,6 +205,13 @@ class DistillationTrainingArguments(TrainingArguments):
             self.distillation_config = DistillationConfig.load(self.distillation_config).to_dict()
         if self.layer_mapping is not None:
             self.layer_mapping = write_map(read_map(self.layer_mapping, "layer_mapping"))
+        # Plain values, which Trainer's loggers can write as JSON.
+        if isinstance(self.temperature, TemperaturePolicy):
+            self.temperature = write_temperature(self.temperature)
+        if isinstance(self.teacher_scale, Schedule):
+            self.teacher_scale = self.teacher_scale.to_plain()
+        if self.item_weights is not None:
+            self.item_weights = write_item_weights(read_item_weights(self.item_weights))
         _ = self.distillation
         self._check_readers()
 
@@ -259,6 +270,12 @@ class DistillationTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"temperature={self.temperature!r}, but kd_weight is 0, so nobody reads it. Set the weight."
             )
+        terms = self.distillation.terms
+        for given in self.weight_schedules or ():
+            name = "kd" if given == "logits" else given  # as the term is called in a config
+            check_choice("weight_schedules", name, terms)
+            if terms[name].weight == 0:
+                raise ValueError(f"weight_schedules: the weight of {name} is 0, so nobody reads its schedule. Set it.")
         weights = {"hidden": self.hidden_weight, "attention": self.attention_weight}
         for name, weight in weights.items():
             if (loss := getattr(self, f"{name}_loss")) is not None and weight == 0:

@@ -50,25 +50,34 @@ class Balancer:
         return dict(zip(self.names, factors.unbind(), strict=True))
 
     def penalty(
-        self, parameters: Mapping[str, Tensor], weighted: Mapping[str, Tensor], share: Tensor
+        self,
+        parameters: Mapping[str, Tensor],
+        terms: Mapping[str, Tensor],
+        weights: Mapping[str, float],
+        share: Tensor,
     ) -> Tensor | None:
         """What trains the uncertainties and is part of the loss: scalar; None where nothing is learned.
 
         Args:
             parameters: the module's, as they came out of the student's forward.
-            weighted: this batch's shares of the terms that are on, times their weights without the factors.
+            terms: this batch's shares of the terms that are on, before their weights.
+            weights: of the terms without the factors. They weigh what variances cost as well: otherwise these would
+                undo them, and a term whose scheduled weight is 0 would raise its factor without end.
             share: scalar, this batch's share of the window.
         """
         if not isinstance(self.module, UncertaintyWeights):
             return None
         share = share.float()
         zero = torch.zeros_like(share)
-        sums = torch.stack([weighted.get(name, zero).detach().float() for name in self.names])
-        shares = torch.stack([share if name in weighted else zero for name in self.names])
+        sums = torch.stack([weights.get(name, 0.0) * terms.get(name, zero).detach().float() for name in self.names])
+        shares = torch.stack([weights[name] * share if name in terms else zero for name in self.names])
         loss: Tensor = functional_call(self.module, dict(parameters), (sums, shares))
         # The terms are in the loss already, with their own graph.
-        terms = (torch.stack([*self.factors().values()]) * sums).sum()
-        return loss - terms
+        return loss - (torch.stack([*self.factors().values()]) * sums).sum()
+
+    def forget(self) -> None:
+        """Drops what was noted of a window that never ended, as when a batch did not fit the memory."""
+        self._pending = None
 
     def note(self, shares: Mapping[str, Tensor]) -> None:
         """Takes down a batch's shares of the terms before their weights, summed over the window by `settle`."""

@@ -66,8 +66,11 @@ class LayerTrainingMixin(StepMixin):
         known = self.optimizer
         optimizer = super().create_optimizer(*args, **kwargs)
         if self._layers is not None and self._layers.is_attached:
-            factors = {} if optimizer is known else self._layers.learning_rate_factors
-            learning_rate_groups(optimizer, self.model, factors, without_decay=frozenset(self._layers.learned))
+            # Of an earlier training's optimizer the groups are what they should be; a checkpoint holds as many.
+            is_new = optimizer is not known
+            factors = self._layers.learning_rate_factors if is_new else {}
+            without_decay = frozenset(self._layers.learned if is_new else ())
+            learning_rate_groups(optimizer, self.model, factors, without_decay=without_decay)
         return optimizer
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:

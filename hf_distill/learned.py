@@ -28,6 +28,11 @@ def make_balancer(config: DistillationConfig, modules: nn.ModuleDict) -> Balance
     return Balancer(balanced_terms(config), modules[BALANCE]) if BALANCE in modules else None
 
 
+def temperature_module(policy: LearnedTemperature, *, seed: int) -> TemperatureModule:
+    """What a learned temperature trains, as it begins; `seed` is of its first weights."""
+    return TemperatureModule(minimum=policy.min, spread=policy.range, per_item=policy.is_per_item, seed=seed)
+
+
 def learned_modules(config: DistillationConfig, *, seed: int) -> dict[str, Learned]:
     """The modules that a config needs, by name.
 
@@ -38,10 +43,7 @@ def learned_modules(config: DistillationConfig, *, seed: int) -> dict[str, Learn
     needed, modules = learned_settings(config), {}
     policy = needed.get(TEMPERATURE)
     if isinstance(policy, LearnedTemperature):
-        temperature = TemperatureModule(
-            minimum=policy.min, spread=policy.range, per_item=policy.is_per_item, seed=seed
-        )
-        modules[TEMPERATURE] = Learned(temperature, policy.learning_rate_factor)
+        modules[TEMPERATURE] = Learned(temperature_module(policy, seed=seed), policy.learning_rate_factor)
     if BALANCE in needed:
         modules[BALANCE] = Learned(balance_module(config), config.balance.learning_rate_factor)
     return modules

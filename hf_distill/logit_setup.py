@@ -1,6 +1,7 @@
 """From the logit term asked for to what a training needs for it, refusing before the first step what cannot work."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from hf_distill.dataset_checks import kind_of_label
@@ -25,8 +26,10 @@ def check_logits(trainer: Any, label: Any) -> None:
     config, pair = task_model(trainer.model).config, trainer._pair
     terms = trainer.args.distillation
     check_head(pair.task, kd_weight=terms.logits.weight, task_weight=terms.task.weight)
-    kind = known_problem_type(trainer, label)
-    check_logit_term(terms.logits, pair.task, kind, _classes(config, pair))
+    kind, term = known_problem_type(trainer, label), terms.logits
+    if trainer.teacher is not None and pair.task is not Task.EMBEDDING:
+        term = replace(term, weight=1.0)  # an evaluation measures it, whatever it weighs
+    check_logit_term(term, pair.task, kind, _classes(config, pair))
 
 
 def known_problem_type(trainer: Any, label: Any) -> str | None:

@@ -62,6 +62,7 @@ class RowWeights:
         self._by_token = not task.one_item_per_row and task is not Task.CTC
         self._ids = "labels" if task is Task.SEQ2SEQ_LM else "input_ids"
         self._task = task
+        self._evaluates = False
         self._tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
         sizes = group_sizes or {}
         self._phrases = {
@@ -76,8 +77,9 @@ class RowWeights:
         }
 
     def for_evaluation(self) -> "RowWeights":
-        """The same, with groups alone: an evaluation weighs nothing, but may tell groups apart."""
+        """The same, with groups alone: an evaluation weighs nothing, but tells groups apart where it knows them."""
         other = copy.copy(self)
+        other._evaluates = True
         other._weights = tuple(filter(follows, self._weights))
         return other
 
@@ -101,6 +103,8 @@ class RowWeights:
             made[ITEM_WEIGHT] = torch.from_numpy(self._laid_out(weights, rows, batch, beside=1.0)).float()
         for setting in filter(follows, self._weights):
             assert isinstance(setting, GroupWeights)
+            if self._evaluates and setting.column not in rows[0]:
+                continue
             order = {group: place for place, group in enumerate(self._groups[setting])}
             groups = [np.asarray(order.get(group_of(value), len(order))) for value in _column(rows, setting.column)]
             made[ITEM_GROUP] = torch.from_numpy(self._laid_out(groups, rows, batch, beside=len(order))).long()

@@ -11,12 +11,12 @@ from hf_distill.accounting import StepCounts, TermMeter, divisor, with_item_weig
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.balancing import Balancer
 from hf_distill.batches import TEACHER_OUTPUT, Batch
-from hf_distill.config import LogitTerm
+from hf_distill.config import DistillationConfig, LogitTerm
 from hf_distill.evaluation import EvaluationMixin
 from hf_distill.fused_terms import FusedTerms
 from hf_distill.gathering import gather_rows
 from hf_distill.item_weights import ItemWeights
-from hf_distill.learned import BALANCE, TEMPERATURE
+from hf_distill.learned import BALANCE, TEMPERATURE, temperature_module
 from hf_distill.losses.base import masked_sum
 from hf_distill.matching import LEARNED, LayerTerms
 from hf_distill.models.heads import decoder_inputs, problem_type, task_model
@@ -46,11 +46,16 @@ class StepMixin(EvaluationMixin):
     _balancer: Balancer | None
     _item_weights: ItemWeights | None
     _step_weights: dict[str, Any]
+    _active: tuple[DistillationConfig, ActiveTerms] | None
 
     def active_terms(self) -> ActiveTerms:
         """The terms that are on at this step."""
         progress = self.state.global_step / self.state.max_steps if self.state.max_steps > 0 else 0.0
-        return terms_at(self.args.distillation, progress)
+        config = self.args.distillation
+        # Asked for with every micro-batch, and each term that a schedule changes is checked anew.
+        if self._active is None or self._active[0] is not config or self._active[1].progress != progress:
+            self._active = config, terms_at(config, progress)
+        return self._active[1]
 
     def count(self, batch: Batch, teacher_output: TeacherOutput | None = None) -> Tensor:
         """(5 + units,) the items of a batch, in the order of `StepCounts.counts`.
@@ -106,7 +111,7 @@ class StepMixin(EvaluationMixin):
         terms = self.active_terms()
         batch = self.split(inputs)
         teacher_output = inputs.get(TEACHER_OUTPUT)
-        if teacher_output is None:
+        if not isinstance(teacher_output, TeacherOutput):  # a data set may have a column of that name
             teacher_output = self.ask_teacher(batch, terms, training=model.training)
         if model.training:
             known = isinstance(num_items_in_batch, StepCounts)
@@ -131,9 +136,9 @@ class StepMixin(EvaluationMixin):
         fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
         arguments = self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted))
         outputs, matched, learned = self._forward(model, arguments, batch, counts, terms, teacher_output)
-        objective = self._objective(terms.logits, batch, terms.progress, learned)
-        signals = None
+        objective, signals = None, None
         if terms.logits.weight > 0:
+            objective = self._objective(terms.logits, batch, terms.progress, learned)
             pairs = self._aligned(outputs, teacher_output)
             signals = objective.signals(pairs, batch, self._weights_of(batch, teacher_output))
             if self._temperatures is not None:
@@ -182,8 +187,7 @@ class StepMixin(EvaluationMixin):
         assert self._balancer is not None
         self._balancer.note(shares)
         part = batch.items.counts()[4] / divisor(counts.rows)
-        weighted = {name: terms.weights[name] * share.detach() for name, share in shares.items()}
-        penalty = self._balancer.penalty(parameters, weighted, part)
+        penalty = self._balancer.penalty(parameters, shares, terms.weights, part)
         return loss if penalty is None else loss + penalty
 
     def _objective(
@@ -209,8 +213,11 @@ class StepMixin(EvaluationMixin):
         self, policy: LearnedTemperature, progress: float, parameters: Mapping[str, Tensor] | None
     ) -> Callable[[Tensor, Tensor], Tensor]:
         """T as a function of student and teacher logits, with the parameters that came out of the forward."""
-        assert self._layers is not None
-        module: Any = self._layers.modules[TEMPERATURE]
+        modules: Any = {} if self._layers is None else self._layers.modules
+        if TEMPERATURE in modules:
+            module = modules[TEMPERATURE]
+        else:  # an evaluation where none is trained: T as a training would begin with it
+            module = temperature_module(policy, seed=self.args.seed).to(self.args.device)
         return partial(module.of, reversal=policy.reversal(progress), parameters=parameters)
 
     def _forward(
@@ -248,7 +255,7 @@ class StepMixin(EvaluationMixin):
     def _terms_apart(
         self,
         outputs: Any,
-        objective: LogitObjective,
+        objective: LogitObjective | None,
         signals: LogitSignals | None,
         batch: Batch,
         counts: StepCounts,
@@ -260,7 +267,7 @@ class StepMixin(EvaluationMixin):
             task = self._task_loss(outputs, batch, counts) if batch.labels else self._nothing(outputs)
             is_one = not isinstance(weights["task"], Tensor) and weights["task"] == 1
             weighted.append(task if is_one else weights["task"] * task)
-        if signals is not None:
+        if objective is not None and signals is not None:
             kd = objective.total(signals, batch) / divisor(counts.kd)
             weighted.append(weights["kd"] * kd)
         return torch.stack(weighted or [self._nothing(outputs)]).sum(), task, kd

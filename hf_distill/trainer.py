@@ -43,7 +43,7 @@ from hf_distill.setup import (
 from hf_distill.teachers import Teacher, load_student, load_teacher
 from hf_distill.temperature import TemperaturePolicy
 from hf_distill.temperature_log import Histogram, TemperatureMeter
-from hf_distill.weighting import weighting_columns
+from hf_distill.weighting import ItemWeighting, weighting_columns
 
 
 class DistillationMixin(LayerTrainingMixin):
@@ -90,7 +90,7 @@ class DistillationMixin(LayerTrainingMixin):
         self._fused, self._temperatures = FusedTerms(), None
         self._layers, self._balancer, self._item_weights = None, None, None
         self._term_steps: Counter[str] = Counter()
-        self._starts, self._step_weights = True, {}
+        self._starts, self._step_weights, self._active = True, {}, None
         self._teacher_tokenizer = teacher_processing_class
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False
@@ -119,15 +119,20 @@ class DistillationMixin(LayerTrainingMixin):
             always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
         check_logits(self, self._some_label)
-        self._plan_logits()
+        self._plan_weights()
         self._plan_layers(self.model)
 
-    def _plan_logits(self) -> None:
+    def _plan_weights(self) -> None:
         """Makes ready what weighs the items of the logit term."""
-        self._signature_columns = None  # other weights read other columns
-        self._weighted_by = self.args.distillation.logits.item_weights
+        self._weighted_by = self._weights_wanted
         collator: Any = self.data_collator
         collator.row_weights, self._item_weights = make_weights(self, self._some_label)
+        self._signature_columns = None  # other weights read other columns
+
+    @property
+    def _weights_wanted(self) -> tuple[ItemWeighting, ...]:
+        term = self.args.distillation.logits
+        return term.item_weights if term.weight > 0 else ()
 
     def _pair_with(self, student: nn.Module) -> ModelPair:
         return pair_models(
@@ -152,7 +157,7 @@ class DistillationMixin(LayerTrainingMixin):
             teacher_names = frozenset() if self.teacher is None else input_names(self.teacher.model)
             own = [*(TEACHER_PREFIX + name for name in sorted(teacher_names)), *sorted(self._pair.teacher_only_inputs)]
             columns: Any = self._signature_columns  # declared as None, whatever it holds
-            weighting = weighting_columns(self.args.distillation.logits.item_weights)
+            weighting = frozenset() if self._item_weights is None else weighting_columns(self._weighted_by)
             columns += [*own, LABEL_MASK, *sorted(self._extra_columns | weighting)]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
@@ -160,8 +165,15 @@ class DistillationMixin(LayerTrainingMixin):
         self._reset_logs()
         self._starts = True
         check_logits(self, self._some_label)
-        if self.args.distillation.logits.item_weights != self._weighted_by:
-            self._plan_logits()
+        if self._balancer is not None:
+            self._balancer.forget()
+        if self._weights_wanted != self._weighted_by:
+            self._plan_weights()
+        if self._weights_wanted and self._item_weights is None:
+            raise ValueError(
+                "The item weights are planned on train_dataset, which is None. Pass train_dataset, even where "
+                "get_train_dataloader is your own."
+            )
         check_arguments(self.args, self._arguments_class)
         check_teacher(self.teacher, self.args)
         return super()._inner_training_loop(*args, **kwargs)
@@ -215,7 +227,9 @@ class DistillationMixin(LayerTrainingMixin):
         counts = StepCounts.of_window(items, self.accelerator, across_devices=self.args.average_tokens_across_devices)
         self._windows += 1
         self._step_weights = self._weights(terms)
-        self._term_steps.update(f"loss_{name}" for name, weight in terms.weights.items() if weight > 0)
+        # A match is computed while its scheduled weight is 0, too.
+        on = {name for name, weight in terms.weights.items() if weight > 0} | {match.name for match in terms.matches}
+        self._term_steps.update(f"loss_{name}" for name in on)
         self._meter.add("labelled", counts.labelled)
         self._meter.add("rows", counts.rows)
         return batches, counts

@@ -63,6 +63,12 @@ class PhraseWeights(ItemWeighting):
     match_case: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.phrases, list | tuple):
+            raise ValueError(
+                f"phrases={self.phrases!r}; expected a list of texts such as ['heart attack'], or, for a file with "
+                "one on each line, its path as file."
+            )
+        object.__setattr__(self, "phrases", tuple(self.phrases))
         if bool(self.phrases) == bool(self.file):
             raise ValueError(
                 f"phrases={list(self.phrases)!r} and file={self.file!r}: give one of them, a list of phrases or a "
@@ -85,7 +91,7 @@ class PhraseWeights(ItemWeighting):
         """Each phrase with its boost; reads the file.
 
         Raises:
-            ValueError: the file is not there, holds no phrase, or a boost that is no number >= 0.
+            ValueError: the file is not there, is not UTF-8, holds no phrase, or a boost that is no number >= 0.
         """
         if self.file is None:
             return dict.fromkeys(self.phrases, float(self.boost))
@@ -94,8 +100,16 @@ class PhraseWeights(ItemWeighting):
             raise ValueError(
                 f"file={self.file!r} is no file. Give the path of a text file with one phrase on each line."
             )
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()
+        except UnicodeDecodeError as error:
+            shown = error.object[error.start : error.start + 1]
+            raise ValueError(
+                f"{path} is not UTF-8: byte {error.start} is {shown!r}. Save it as UTF-8, which editors offer as the "
+                "encoding."
+            ) from None
         found: dict[str, float] = {}
-        for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        for number, line in enumerate(lines, 1):
             phrase, _, written = line.partition("\t")
             if not phrase.strip():
                 continue
@@ -140,8 +154,8 @@ class GroupWeights(ItemWeighting):
 
     Attributes:
         column: whose values are the groups.
-        weights: (value, weight >= 0) pairs; a mapping in plain form. Values compare as texts: 1 and "1" are one.
-        default: of the values that `weights` leaves out; None refuses such rows.
+        weights: (value, weight >= 0) pairs, or a mapping. Values compare as texts: 1 and "1" are one.
+        default: of the values that `weights` leaves out, and of rows without a value; None refuses such rows.
         size_power: τ in [0, 1]: a group of n rows has an influence ∝ n^τ in all, and so a row n^(τ-1), scaled to a
             mean of 1 over the training rows. 1 changes nothing; with 0 all groups have the same influence. The
             smoothing of Conneau et al. 2020, arXiv:1911.02116, as weights in place of sampling.
@@ -160,7 +174,11 @@ class GroupWeights(ItemWeighting):
 
     def __post_init__(self) -> None:
         _check_column("column", self.column)
-        pairs = tuple(sorted((group_of(value), weight) for value, weight in self.weights))
+        given = self.weights.items() if isinstance(self.weights, Mapping) else self.weights
+        named = {value: group_of(value) for value, _ in given}
+        if None in named.values():
+            raise ValueError("weights gives one to a missing value. Rows without a value take the default.")
+        pairs = tuple(sorted((named[value], weight) for value, weight in given))
         object.__setattr__(self, "weights", pairs)
         values = [value for value, _ in pairs]
         if twice := sorted({value for value in values if values.count(value) > 1}):
@@ -210,9 +228,11 @@ class GroupWeights(ItemWeighting):
         return {group: scale * size ** (power - 1) for group, size in known.items()}
 
 
-def group_of(value: Any) -> str:
-    """The name of a row's group: a number or a text of any library as plain text."""
-    return str(value.item() if hasattr(value, "item") else value)
+def group_of(value: Any) -> str | None:
+    """The name of a row's group: a number or a text of any library as plain text; None of a missing value or NaN."""
+    plain = value.item() if hasattr(value, "item") else value
+    is_missing = plain is None or (isinstance(plain, float) and math.isnan(plain))
+    return None if is_missing else str(plain)
 
 
 @dataclass(frozen=True)

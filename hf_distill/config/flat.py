@@ -119,10 +119,9 @@ def _scheduled(config: DistillationConfig, schedules: Any) -> DistillationConfig
         )
     for name, value in schedules.items():
         name = "kd" if name == "logits" else name  # as the term is called in a config
-        check_choice("weight_schedules", name, config.terms)
-        if config.terms[name].weight == 0:
-            raise ValueError(f"weight_schedules: the weight of {name} is 0, so nobody reads its schedule. Set it.")
         schedule = read_schedule(value, f"weight_schedules.{name}")
+        if name not in config.terms or config.terms[name].weight == 0:  # a search may try without the term
+            continue
         if name == "task":
             config = replace(config, task=replace(config.task, weight_schedule=schedule))
         elif name == "kd":

@@ -188,8 +188,9 @@ class Balance:
     """How the terms are weighed against each other while training, on top of their weights.
 
     Attributes:
-        kind: `none`; `uncertainty`: a learned log variance s for each term, exp(-s) / 2 * term + s / 2 (Kendall et al.
-            2018, arXiv:1705.07115); `magnitude`: each term is brought to the size that the logits' term has.
+        kind: `none`; `uncertainty`: a learned log variance s for each term, its weight times
+            exp(-s) / 2 * term + s / 2 (Kendall et al. 2018, arXiv:1705.07115); `magnitude`: each term is brought to
+            the size that the logits' term has.
         learning_rate_factor: of `uncertainty`: > 0, times the student's learning rate, since s must move by whole
             numbers.
         momentum: of `magnitude`: how much of the running mean of a term a step leaves, in [0, 1).

@@ -22,8 +22,8 @@ class UncertaintyWeights(nn.Module):
 
         Args:
             sums: (terms,) each term times its weight.
-            shares: (terms,) this batch's share of the window, since variances are to be paid for once a step; 0 for
-                terms that are off.
+            shares: (terms,) this batch's share of the window times the term's weight, since variances are to be paid
+                for once a step; 0 for terms that are off.
         """
         return ((-self.log_variances).exp() * sums + shares * self.log_variances).sum() / 2
 

@@ -67,8 +67,9 @@ class TemperatureModule(nn.Module):
         if self.per_item:
             probabilities = top_probabilities(student_logits, teacher_logits, classes=_CLASSES).float()
             features = functional.pad(probabilities.nan_to_num(nan=0.0).flatten(-2), (0, 1), value=1.0)
-            hidden = functional.linear(features, self.inner.float()).relu()
-            theta = theta + functional.linear(hidden, self.outer.float()).squeeze(-1)
+            with torch.autocast(features.device.type, enabled=False):
+                hidden = functional.linear(features, self.inner.float()).relu()
+                theta = theta + functional.linear(hidden, self.outer.float()).squeeze(-1)
         return self.minimum + self.spread * scale_gradient(theta, reversal).sigmoid()
 
     def of(

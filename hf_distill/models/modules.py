@@ -224,7 +224,7 @@ def learning_rate_groups(
     if lost:
         raise ValueError(
             f"The optimizer does not hold {lost[:3]}, so they would never train. Do not pass `optimizers`, which were "
-            "made before the projections: pass optimizer_cls_and_kwargs, or set optim in the arguments."
+            "made before them: pass optimizer_cls_and_kwargs, or set optim in the arguments."
         )
     for name, module in modules.named_children():
         factor = factors.get(name, 1.0)
