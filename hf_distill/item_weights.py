@@ -139,8 +139,12 @@ class ItemWeights:
                 return
 
     def factors(self) -> dict[str, float]:
-        """The weight of each group that follows its loss, for logs; waits for the device."""
+        """The weight of each group that follows its loss; waits for the device."""
         return dict(zip(self.group_names, self._table.tolist(), strict=False))
+
+    def describe(self) -> dict[str, float]:
+        """The same for logs, `group_weight_<group>`; waits for the device."""
+        return {f"group_weight_{self.group_names[group]}": weight for group, weight in self.factors().items()}
 
     def _check(self, setting: TeacherWeights) -> None:
         head = self.problem_type if self.task is Task.SEQUENCE_CLASSIFICATION else str(self.task)

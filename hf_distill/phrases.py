@@ -1,5 +1,7 @@
 """Weights of tokens, by the phrases of their text that they belong to."""
 
+import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,8 +9,10 @@ import numpy as np
 
 from hf_distill.items import IGNORE_INDEX
 from hf_distill.phrase_index import PhraseIndex, is_unspaced
+from hf_distill.weighting import PhraseWeights
 
 _SHOWN = 8  # tokens of each side in an error
+_LARGE_BOOST = 10  # above which a percentage may be meant
 
 
 def phrase_weights(text: str, offsets: Iterable[Sequence[int]], phrases: PhraseIndex) -> list[float]:
@@ -145,8 +149,9 @@ def _mismatch(own: list[int], found: list[int], text: str, tokenizer: Any, colum
 def weigh_phrases(
     dataset: Any,
     tokenizer: Any,
-    phrases: Iterable[str] | Mapping[str, float],
+    phrases: Iterable[str] | Mapping[str, float] | None = None,
     *,
+    file: str | os.PathLike[str] | None = None,
     boost: float = 0.3,
     text_column: str = "text",
     column: str = "distill_weight",
@@ -162,6 +167,8 @@ def weigh_phrases(
         dataset: a `datasets` data set of any kind, or a list of rows, already tokenized.
         tokenizer: the fast tokenizer that did it.
         phrases: what to look for; a mapping gives each a boost of its own.
+        file: in place of `phrases`, a UTF-8 text file of them, one on a line, each with a tab and a boost of its own
+            behind it if wanted.
         boost: >= 0, of phrases without their own; of overlapping phrases the largest counts.
         text_column: the text.
         column: the name of the new column.
@@ -169,11 +176,12 @@ def weigh_phrases(
         match_case: whether upper and lower case differ.
 
     Raises:
-        ValueError: the tokenizer is not fast, a column is missing, or ids are not those of the text.
+        ValueError: the phrases or boosts are none, or given twice; the tokenizer is not fast, the rows are not
+            tokenized, a column is missing, or ids are not those of the text.
     """
-    boosts = dict(phrases) if isinstance(phrases, Mapping) else dict.fromkeys(phrases, boost)
-    if wrong := [f"{phrase!r}: {each}" for phrase, each in boosts.items() if not 0 <= each < float("inf")]:
-        raise ValueError(f"Boosts are numbers >= 0, and here is {wrong[0]}.")
+    boosts = _boosts(phrases, file, boost)
+    if large := large_boost(boosts):
+        warnings.warn(large, stacklevel=2)
     index = PhraseIndex(boosts, match_case=match_case)
     names = (ids_column, text_column)
     _check_tokenizer(tokenizer, names)
@@ -185,4 +193,38 @@ def weigh_phrases(
 
     if hasattr(dataset, "map"):
         return dataset.map(weigh, batched=True)
-    return [{**row, column: weigh({name: [value] for name, value in row.items()})[column][0]} for row in dataset]
+    made = []
+    for row in dataset:
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"The data set holds {row!r} in place of a row. Give tokenized rows with their text: "
+                f"{{'{text_column}': text, **tokenizer(text)}} for each."
+            )
+        made.append({**row, column: weigh({name: [value] for name, value in row.items()})[column][0]})
+    return made
+
+
+def large_boost(boosts: Mapping[str, float]) -> str | None:
+    """What to warn of where a boost looks like a percentage."""
+    phrase = max(boosts, key=boosts.__getitem__)
+    if (boost := boosts[phrase]) <= _LARGE_BOOST:
+        return None
+    return (
+        f"{phrase!r} has the boost {boost:g}, which is added to the weight 1: it weighs {1 + boost:g} times as much "
+        "as what is in no phrase. 30 % more is a boost of 0.3."
+    )
+
+
+def _boosts(phrases: Any, file: Any, boost: float) -> dict[str, float]:
+    """Each phrase with its boost, checked as those of `PhraseWeights`."""
+    path = None if file is None else os.fspath(file)
+    if not (isinstance(phrases, Mapping) and phrases and path is None):
+        listed: Any = () if phrases is None else phrases if isinstance(phrases, str) else tuple(phrases)
+        return PhraseWeights(listed, file=path, boost=boost).boosts()
+    boosts: dict[str, float] = {}
+    for phrase, own in phrases.items():
+        try:
+            boosts |= PhraseWeights((phrase,), boost=own).boosts()
+        except ValueError as error:
+            raise ValueError(f"phrases[{phrase!r}]: {error}") from None
+    return boosts

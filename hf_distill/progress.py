@@ -86,7 +86,8 @@ def check_coverage(config: DistillationConfig) -> None:
         ValueError: with the part in which nothing is learned.
     """
     bounds = {bound for term in config.terms.values() for bound in term.active}
-    moments = sorted({*bounds, *(number / _MOMENTS for number in range(_MOMENTS + 1))})
+    changing = any(term.weight_schedule is not None for term in config.terms.values())
+    moments = sorted({*bounds, *(number / _MOMENTS for number in range(_MOMENTS + 1) if changing)})
     # Between two moments: at a single one, such as the first of a warm-up from 0, all weights may be 0.
     parts = [(start, end) for start, end in pairwise(moments) if _is_empty(config, (start + end) / 2)]
     if parts:

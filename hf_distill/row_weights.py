@@ -1,7 +1,7 @@
 """The weights of a batch's items, made of columns of its rows that no model reads."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,7 @@ class RowWeights:
             assert isinstance(setting, GroupWeights)
             if self._evaluates and setting.column not in rows[0]:
                 continue
-            order = {group: place for place, group in enumerate(self._groups[setting])}
+            order: dict[str | None, int] = {group: place for place, group in enumerate(self._groups[setting])}
             groups = [np.asarray(order.get(group_of(value), len(order))) for value in _column(rows, setting.column)]
             made[ITEM_GROUP] = torch.from_numpy(self._laid_out(groups, rows, batch, beside=len(order))).long()
         return made
@@ -123,28 +123,19 @@ class RowWeights:
             return [np.asarray(w) for w in token_weights(ids, texts, self._tokenizer, phrases, columns=columns)]
         return [np.asarray(1.0 + phrases.strongest(row_text(value, setting.text_column))) for value in texts]
 
-    def _factor(self, setting: GroupWeights, group: str) -> float:
+    def _factor(self, setting: GroupWeights, group: str | None) -> float:
         known = self._groups[setting]
         if group in known:
             return known[group]
-        if setting.size_power is not None:  # of an evaluation set
+        if setting.size_power is not None and group is not None:  # of an evaluation set
             return 1.0
         if setting.default is None:
-            quoted = (
-                " YAML reads an unquoted no, off, yes or on as a truth value." if {"True", "False"} & {*known} else ""
-            )
-            raise ValueError(
-                f"Column {setting.column!r} holds the group {group!r}, and weights are given for {', '.join(known)} "
-                f"alone. Add its weight, or a default.{quoted}"
-            )
+            raise ValueError(without_weight(setting, group, row="A row"))
         return setting.default
 
     def _checked(self, value: Any, column: str) -> np.ndarray:
-        try:
-            weights = np.asarray(np.nan if value is None else value, dtype=np.float64)
-        except (TypeError, ValueError):
-            weights = np.asarray(np.nan)
-        if not (np.isfinite(weights) & (weights >= 0)).all():
+        weights = weights_in(value)
+        if weights is None:
             raise ValueError(f"Column {column!r} holds {value!r}, but weights are finite numbers >= 0.")
         if weights.ndim > 1 or (weights.ndim == 1 and not self._by_token):
             raise ValueError(
@@ -236,6 +227,33 @@ def _column(rows: Sequence[Row], name: str) -> list[Any]:
                 "the data set, or name another."
             )
     return [row[name] for row in rows]
+
+
+def weights_in(value: Any) -> np.ndarray | None:
+    """A row's weight, or those of its tokens, in float64; None where some is no finite number >= 0."""
+    try:
+        weights = np.asarray(np.nan if value is None else value, dtype=np.float64)
+    except (TypeError, ValueError):
+        return None
+    return weights if (np.isfinite(weights) & (weights >= 0)).all() else None
+
+
+def without_weight(setting: GroupWeights, group: str | None, *, row: str) -> str:
+    """What to say of a row whose group has no weight, nor a default."""
+    if group is None:
+        default = "" if setting.size_power is not None else " or give the weights a default,"
+        return f"{row} has no {setting.column!r}, by which rows are weighed. Fill it in,{default} or drop the row."
+    known = [value for value, _ in setting.weights]
+    return (
+        f"{row} is of the {setting.column!r} group {group!r}, and weights are given for {', '.join(known)} alone. Add "
+        f"its weight, or a default.{truth_values(known)}"
+    )
+
+
+def truth_values(groups: Collection[str]) -> str:
+    """What to say beside groups that YAML may have made of words."""
+    is_likely = not {"True", "False"}.isdisjoint(groups)
+    return " YAML reads an unquoted no, off, yes or on as a truth value." if is_likely else ""
 
 
 def row_text(value: Any, column: str) -> str:

@@ -174,11 +174,13 @@ class GroupWeights(ItemWeighting):
 
     def __post_init__(self) -> None:
         _check_column("column", self.column)
-        given = self.weights.items() if isinstance(self.weights, Mapping) else self.weights
-        named = {value: group_of(value) for value, _ in given}
-        if None in named.values():
+        named = [
+            (group_of(value), weight)
+            for value, weight in (self.weights.items() if isinstance(self.weights, Mapping) else self.weights)
+        ]
+        if any(group is None for group, _ in named):
             raise ValueError("weights gives one to a missing value. Rows without a value take the default.")
-        pairs = tuple(sorted((named[value], weight) for value, weight in given))
+        pairs = tuple(sorted((str(group), weight) for group, weight in named))
         object.__setattr__(self, "weights", pairs)
         values = [value for value, _ in pairs]
         if twice := sorted({value for value in values if values.count(value) > 1}):

@@ -78,7 +78,7 @@ class TestTraining:
     @pytest.mark.parametrize("loss", [*OF_A_TEXT, "contrastive"])
     def test_another_width_is_bridged_by_a_projection_that_learns(self, loss, tmp_path):
         bridged = recipe(loss, projection={"when": "always"} if loss == "contrastive" else {})
-        trainer = made(tmp_path, distillation_config=bridged, learning_rate=5e-3, max_steps=20)
+        trainer = made(tmp_path, distillation_config=bridged, learning_rate=5e-3, max_steps=10)
         before = {name: value.clone() for name, value in trainer._layers.modules.state_dict().items()}
         assert [value.shape for value in before.values() if value.dim() == 2] == [(48, 32)]
         trainer.train()
@@ -153,7 +153,7 @@ class TestTraining:
     def test_a_base_without_its_adapters_teaches_the_adapters(self, tmp_path):
         base = tiny.embedder("bert")
         student = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=["query"], init_lora_weights=False))
-        trainer = made(tmp_path, models=(student, None), learning_rate=5e-3, max_steps=20)
+        trainer = made(tmp_path, models=(student, None), learning_rate=5e-3, max_steps=10)
         trainer.train()
         assert 0 < logged(trainer, "loss")[-1] < logged(trainer, "loss")[0]
 

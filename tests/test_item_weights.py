@@ -244,6 +244,15 @@ def test_groups_are_logged_under_names_that_differ():
         ItemWeights(FOLLOWED, task=Task.CAUSAL_LM, group_sizes={"g": {"a b": 1, "a-b": 1}})
 
 
+def test_the_weights_of_groups_are_logged_under_the_names_of_their_losses():
+    weights = ItemWeights(FOLLOWED, task=Task.CAUSAL_LM, group_sizes={"g": {"zh CN": 1, "en": 1}})
+    assert weights.update({"eval_loss_zh_CN": 1.0, "eval_loss_en": 3.0})
+    shown = weights.describe()
+    assert shown == {"group_weight_zh_CN": shown["group_weight_zh_CN"], "group_weight_en": weights.factors()["en"]}
+    assert shown["group_weight_zh_CN"] == weights.factors()["zh CN"] < 1 < shown["group_weight_en"]
+    assert ItemWeights(COLUMN, task=Task.CTC).describe() == {}
+
+
 def test_all_kinds_multiply():
     weights = ItemWeights(
         [*COLUMN, *FOLLOWED, TeacherWeights("correctness", wrong=0.5)],

@@ -284,5 +284,33 @@ def test_the_data_set_must_have_the_columns_and_the_boosts_be_numbers():
         weigh_phrases(Dataset.from_list(rows), wordpiece(), ["a"])
     with pytest.raises(ValueError, match="no column 'target'"):
         weigh_phrases(rows, wordpiece(), ["a"], ids_column="labels", text_column="target")
-    with pytest.raises(ValueError, match="Boosts are numbers >= 0, and here is 'a': -1"):
+    with pytest.raises(ValueError, match="boost=-1, but it is added to the weight 1 .* a number >= 0"):
         weigh_phrases(rows, wordpiece(), ["a"], boost=-1)
+    with pytest.raises(ValueError, match=r"phrases\['a'\]: boost='0\.3', but it is added to the weight 1"):
+        weigh_phrases(rows, wordpiece(), {"b": 1, "a": "0.3"})
+
+
+def test_phrases_come_as_a_list_or_in_a_file_with_boosts_of_their_own(tmp_path):
+    path = tmp_path / "terms.txt"
+    path.write_text("heart attack\t0.5\na\n")
+    tokenizer = wordpiece()
+    rows = [{"text": "a heart attack", **tokenizer("a heart attack")}]
+    (row,) = weigh_phrases(rows, tokenizer, file=path, boost=2)
+    assert {3.0, 1.5} < {*row["distill_weight"]} <= {3.0, 1.5, 1.0}
+    for given in ({"phrases": ["a"], "file": path}, {"phrases": {"a": 1}, "file": path}, {}, {"phrases": {}}):
+        with pytest.raises(ValueError, match=r"^phrases=.* and file=.*: give one of them"):
+            weigh_phrases(rows, tokenizer, **given)
+    with pytest.raises(ValueError, match=r"^phrases='terms\.txt'; expected a list of texts .* its path as file"):
+        weigh_phrases(rows, tokenizer, "terms.txt")
+
+
+@pytest.mark.parametrize("dataset", [["a heart attack"], {"text": ["a"], "input_ids": [[5]]}])
+def test_what_holds_no_rows_is_refused_with_what_a_row_is(dataset):
+    with pytest.raises(ValueError, match=r"holds '.*' in place of a row. Give tokenized rows .*\*\*tokenizer\(text\)"):
+        weigh_phrases(dataset, wordpiece(), ["a"])
+
+
+def test_a_boost_that_looks_like_a_percentage_is_warned_about():
+    with pytest.warns(UserWarning, match="'b' has the boost 30, .* weighs 31 times") as caught:
+        weigh_phrases([], wordpiece(), {"a": 0.3, "b": 30})
+    assert [each.filename for each in caught] == [__file__]

@@ -257,6 +257,20 @@ def test_a_group_without_a_weight_is_refused_or_has_the_default():
     assert collate(rows, default_data_collator, Task.SEQUENCE_CLASSIFICATION, weights)[ITEM_WEIGHT].tolist() == [0.5]
 
 
+@pytest.mark.parametrize("value", [None, float("nan"), np.float32("nan")])
+def test_a_missing_group_is_no_group_by_the_name_of_none(value):
+    rows, task = [{"input_ids": [5], "g": value}, {"input_ids": [5], "g": "None"}], Task.SEQUENCE_CLASSIFICATION
+    weights = {"None": 3.0, "nan": 4.0}
+    made = collate(rows, default_data_collator, task, GroupWeights("g", weights=weights, default=0.5))
+    assert made[ITEM_WEIGHT].tolist() == [0.5, 3]
+    sizes = {"g": {"None": 1, "nan": 1}}
+    made = collate(rows, default_data_collator, task, GroupWeights("g", follow="loss"), group_sizes=sizes)
+    assert made[ITEM_GROUP].tolist() == [2, 0]
+    for setting in (GroupWeights("g", weights=weights), GroupWeights("g", size_power=0.5)):
+        with pytest.raises(ValueError, match=r"A row has no 'g', by which rows are weighed. Fill it in"):
+            collate(rows, default_data_collator, task, setting, group_sizes=sizes)
+
+
 @pytest.mark.parametrize("value", [-1, float("nan"), float("inf"), None, "much", [1, -2], [1, None]])
 def test_what_is_no_weight_is_refused_with_its_value(value):
     rows = [{"input_ids": [5, 6], "w": 1}, {"input_ids": [5, 6], "w": value}]

@@ -76,7 +76,12 @@ def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_a
         (f"{words[i % 6]} {words[(i + i // 6) % 6]} {i % 5}", f"class {i % 3}" if i % 4 else "") for i in range(64)
     ]
     dataset = tmp_path / "texts.csv"
-    dataset.write_text("text,label\n" + "\n".join(f"{text},{label}" for text, label in lines))
+    rows = [f"{text},{label},{'en' if i % 3 else 'de'},{1 + i % 2}" for i, (text, label) in enumerate(lines)]
+    dataset.write_text("text,label,language,trust\n" + "\n".join(rows))
+    weights = [
+        {"by": "group", "column": "language", "weights": {"en": 1, "de": 3}},
+        {"by": "column", "column": "trust"},
+    ]
     labels = {i: f"class {i}" for i in range(3)}
     tokenizer = train_wordpiece([text for text, _ in lines], vocabulary_size=90)
     _save_pair(tmp_path, lambda width: tiny.bert(hidden=width, id2label=labels), tokenizer)
@@ -85,6 +90,7 @@ def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_a
             "distill_text_classification.py",
             *_options(tmp_path, output, batch_size),
             f"--dataset={dataset}",
+            f"--item_weights={json.dumps(weights)}",
             processes=processes,
         )
     _assert_same_run(tmp_path / "alone", tmp_path / "together")

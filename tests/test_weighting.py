@@ -130,6 +130,28 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path, content, message):
         PhraseWeights(file=str(path)).boosts()
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_file_in_another_encoding_is_refused_by_name(tmp_path, encoding):
+    path = tmp_path / "terms.txt"
+    path.write_text("Erkältung", encoding=encoding)
+    with pytest.raises(ValueError, match=r"terms\.txt is not UTF-8: byte \d is b'.*Save it as UTF-8"):
+        PhraseWeights(file=str(path)).boosts()
+
+
+@pytest.mark.parametrize("phrases", ["terms.txt", {"heart attack": 0.3}])
+def test_phrases_are_a_list_and_neither_a_text_nor_a_mapping(phrases):
+    with pytest.raises(ValueError, match=r"^phrases=.*expected a list of texts .* its path as file"):
+        PhraseWeights(phrases)
+    assert hash(PhraseWeights(["a"])) == hash(PhraseWeights(("a",)))
+
+
+def test_weights_of_groups_may_be_a_mapping_and_give_none_to_what_is_missing():
+    assert GroupWeights("g", weights={"en": 1, 2: 3}) == GroupWeights("g", weights=(("2", 3), ("en", 1)))
+    for missing in (None, float("nan")):
+        with pytest.raises(ValueError, match="missing value. Rows without a value take the default"):
+            GroupWeights("g", weights={"en": 1, missing: 2})
+
+
 @pytest.mark.parametrize("power", [0.0, 0.3, 0.5, 1.0])
 def test_a_groups_influence_is_its_size_to_the_power_and_the_mean_weight_is_one(power):
     sizes = {"en": 1000, "de": 100, "sw": 1}

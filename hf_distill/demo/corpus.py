@@ -7,8 +7,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets, load_dataset
 
+from hf_distill.collator import LABEL_COLUMNS
 from hf_distill.items import IGNORE_INDEX
 
 TEST_FRACTION = 0.1
@@ -16,20 +17,28 @@ TEST_FRACTION = 0.1
 
 @dataclass(frozen=True)
 class Corpus:
-    """Training and test rows with the columns `text` and `label`: an index into `label_names`, or None."""
+    """Training and test rows with `text` and `label`, an index into `label_names` or None; maybe other columns."""
 
     train: Dataset
     test: Dataset
     label_names: tuple[str, ...]
 
 
-def load_corpus(name: str, *, text_column: str = "text", label_column: str = "label") -> Corpus:
+def load_corpus(
+    name: str, *, text_column: str = "text", label_column: str = "label", keeps_others: bool = False
+) -> Corpus:
     """Returns 'snips' from the package, else what `datasets.load_dataset` finds under the name or path.
 
     A dataset with a `test` split is tested there, else on `validation`, else on a tenth of `train` drawn with seed 0.
+
+    Args:
+        name: of the data set.
+        text_column: becomes `text`.
+        label_column: becomes `label`.
+        keeps_others: whether all columns stay, under their own names too, but those that would pass for labels.
     """
     if name == "snips":
-        return _corpus(_read_snips("train"), _read_snips("test"), "text", "label")
+        return _corpus(_read_snips("train"), _read_snips("test"), "text", "label", keeps_others=keeps_others)
     path = Path(name)
     if path.is_file():
         loader = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
@@ -41,7 +50,7 @@ def load_corpus(name: str, *, text_column: str = "text", label_column: str = "la
     else:
         splits = load_dataset(name)
     train, test = _train_and_test(splits)
-    return _corpus(train, test, text_column, label_column)
+    return _corpus(train, test, text_column, label_column, keeps_others=keeps_others)
 
 
 def keep_labels(corpus: Corpus, *, per_class: int, seed: int) -> Dataset:
@@ -94,7 +103,7 @@ def _train_and_test(splits: DatasetDict) -> tuple[Dataset, Dataset]:
     return halves["train"], halves["test"]
 
 
-def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str) -> Corpus:
+def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str, *, keeps_others: bool) -> Corpus:
     for column in (text_column, label_column):
         if column not in train.column_names:
             raise ValueError(f"The dataset has no column '{column}'; it has {train.column_names}.")
@@ -118,6 +127,11 @@ def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str) 
             raise ValueError(
                 f"Labels {sorted(map(str, unknown))} do not occur in the training rows; known: {list(names)}."
             )
-        return Dataset.from_dict({"text": rows[text_column], "label": [index_of.get(value) for value in labels]})
+        own = {"text": rows[text_column], "label": [index_of.get(value) for value in labels]}
+        if not keeps_others:
+            return Dataset.from_dict(own)
+        kept = rows.select_columns([name for name in rows.column_names if name not in {*own, *LABEL_COLUMNS}])
+        made = Dataset.from_dict(own)
+        return concatenate_datasets([made, kept], axis=1) if kept.column_names else made
 
     return Corpus(train=indexed(train), test=indexed(test), label_names=names)

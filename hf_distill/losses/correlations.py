@@ -84,6 +84,9 @@ def _decorrelation(student: Tensor, teacher: Tensor, members: Tensor, *, dim: in
 
 def _direction_from_mean(probs: Tensor, members: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     """Unit vectors along a dimension, and whether they have a direction; those without are 0."""
+    if probs.shape[dim]:  # the squares of probabilities below 1e-162 would vanish
+        largest = torch.where(members, probs, 0.0).amax(dim, keepdim=True)
+        probs = probs / torch.where(largest > 0, largest, 1.0)
     count = members.expand_as(probs).sum(dim, keepdim=True).clamp(min=1)
     mean = torch.where(members, probs, 0.0).sum(dim, keepdim=True) / count
     centred = torch.where(members, probs - mean, 0.0)

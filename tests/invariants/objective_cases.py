@@ -13,6 +13,8 @@ HEADS = {
     "labels": ("bert-multi-label",),
     "outputs": ("bert-regression", "t5"),
 }
+# A loss that is fused, one that is not, one that takes labels, one of plain numbers: the heads call all others alike.
+ON_ALL_HEADS = ("forward_kl", "reverse_kl", "dkd", "logit_mse")
 # Policies whose T of an item depends on that item alone.
 EXACT_TEMPERATURES = {
     "linear": {"policy": "linear", "from": 8, "to": 2},
@@ -46,6 +48,16 @@ def heads_of(loss: str) -> list[str]:
     spec = LOSSES.get(loss)
     heads = [name for name in HEADS[spec.compares] if not spec.compares_rows or tiny.ZOO[name][1] == "sequence"]
     return [name for name in heads if name != "bert-regression" or spec.min_classes == 1]
+
+
+def losses_and_heads() -> list[tuple[str, str]]:
+    """Every loss of logits on one head, of many classes if it can be, and some on all of their heads."""
+    chosen = []
+    for loss in LOGIT_LOSSES:
+        heads = heads_of(loss)
+        best = "llama" if "llama" in heads else heads[-1]
+        chosen += [(loss, name) for name in heads if name == best or loss in ON_ALL_HEADS]
+    return chosen
 
 
 def weighted_rows(name: str, count: int = 8, *, by_token: bool = False) -> list[dict[str, Any]]:

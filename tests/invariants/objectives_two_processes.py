@@ -11,7 +11,7 @@ from tests import tiny
 from tests.invariants.objective_cases import EXACT_TEMPERATURES, WEIGHTS, weighted_rows
 from tests.invariants.steps import recorded, step_options
 
-SPLITS = ((4, 1), (2, 2))
+SPLITS = ((2, 2),)
 WHOLE_BATCH = ((4, 1),)  # what compares the rows of a batch is the same for any number of processes, not of batches
 TRAINING_ROWS = 11  # a step of 8 rows, and one of 3 that the processes fill up with repeated rows
 SEVERAL_STEPS = {"num_train_epochs": 2}
@@ -46,7 +46,9 @@ ON_WHOLE_BATCHES = ("dist", "flsw", "cwsm")
 
 
 def splits_of(case):
-    return WHOLE_BATCH if case in ON_WHOLE_BATCHES else SPLITS
+    if case in ON_WHOLE_BATCHES:
+        return WHOLE_BATCH
+    return WHOLE_BATCH + SPLITS if case == "weights, fused" else SPLITS
 
 
 def train(case, batch, accumulation, output_dir, **changes):

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
 from tests import tiny
-from tests.invariants.objective_cases import EXACT_TEMPERATURES, LOGIT_LOSSES, WEIGHTS, heads_of, weighted_rows
+from tests.invariants.objective_cases import EXACT_TEMPERATURES, WEIGHTS, losses_and_heads, weighted_rows
 from tests.invariants.test_layer_exactness import BATCH_SCOPED, ITEM_SCOPED, config, rows_of
 
 # What waits for a GPU: reading a number, and every operation whose output's shape depends on values.
@@ -84,8 +84,7 @@ OBJECTIVES = [
     ("llama", {"temperature": "cwsm", "kd_loss": "reverse_kl"}),
     ("bert", {"loss_balance": "uncertainty", "hidden_weight": 1.0}),
     ("llama", {"loss_balance": "magnitude", "hidden_weight": 1.0}),
-    *((heads_of(loss)[0], {"kd_loss": loss}) for loss in LOGIT_LOSSES),
-    *(("llama", {"kd_loss": loss}) for loss in LOGIT_LOSSES if "llama" in heads_of(loss)),
+    *((name, {"kd_loss": loss}) for loss, name in losses_and_heads()),
 ]
 
 
