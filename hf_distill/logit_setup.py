@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from hf_distill.dataset_checks import kind_of_label
+from hf_distill.dataset_checks import is_indexed, kind_of_label, label_columns
 from hf_distill.item_weights import ItemWeights
 from hf_distill.models.heads import task_model
 from hf_distill.objective_checks import check_head, check_logit_term
@@ -65,7 +65,10 @@ def make_weights(trainer: Any, label: Any) -> tuple[RowWeights | None, ItemWeigh
     term = trainer.args.distillation.logits
     if not term.item_weights or term.weight == 0 or trainer.train_dataset is None:
         return None, None
-    check_weights(term.item_weights, trainer.train_dataset)
+    looks_for_labels = (
+        label_columns(trainer._pair.task) and is_indexed(trainer.train_dataset) and trainer._common_collator
+    )
+    check_weights(term.item_weights, trainer.train_dataset, has_labels=label is not None if looks_for_labels else None)
     follows = any(getattr(setting, "follow", None) for setting in term.item_weights)
     if follows and trainer.args.eval_strategy == "no":
         raise ValueError(

@@ -106,8 +106,9 @@ class DistillationMixin(LayerTrainingMixin):
         self._pair = self._pair_with(self.model)
         self._special_tokens = special_tokens(self.processing_class, args.device)
         # A collator of the user's own may make labels of columns by any name: then the first batch tells.
-        common = self.data_collator is default_data_collator or type(self.data_collator) is DataCollatorWithPadding
-        required = args.task_weight > 0 and common
+        collator = self.data_collator
+        self._common_collator = collator is default_data_collator or type(collator) is DataCollatorWithPadding
+        required = args.task_weight > 0 and self._common_collator
         self._some_label = label = find_label(self.train_dataset, self._pair.task, required=required)
         self._has_labels = label is not None
         self.data_collator = DistillationCollator(
@@ -281,6 +282,8 @@ class DistillationMixin(LayerTrainingMixin):
             logs |= changing
             if totals.get("weighed_items"):
                 logs["item_weight"] = totals["item_weights"] / totals["weighed_items"]
+            if self._item_weights is not None:
+                logs |= self._item_weights.describe()
             logs["labelled_fraction"] = totals["labelled"] / totals["rows"]
             self._reset_logs()
         super().log(logs, start_time)

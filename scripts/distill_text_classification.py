@@ -30,7 +30,8 @@ class ScriptArguments:
 def main() -> None:
     """Trains, evaluates and saves the student."""
     script, args = HfArgumentParser((ScriptArguments, DistillationTrainingArguments)).parse_args_into_dataclasses()
-    corpus = load_corpus(script.dataset, text_column=script.text_column, label_column=script.label_column)
+    columns = {"text_column": script.text_column, "label_column": script.label_column}
+    corpus = load_corpus(script.dataset, **columns, keeps_others=True)
     student_tokenizer = AutoTokenizer.from_pretrained(script.student)
     teacher_tokenizer = AutoTokenizer.from_pretrained(script.teacher)
     own_inputs = student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab()

@@ -284,7 +284,7 @@ def test_the_data_set_must_have_the_columns_and_the_boosts_be_numbers():
         weigh_phrases(Dataset.from_list(rows), wordpiece(), ["a"])
     with pytest.raises(ValueError, match="no column 'target'"):
         weigh_phrases(rows, wordpiece(), ["a"], ids_column="labels", text_column="target")
-    with pytest.raises(ValueError, match="boost=-1, but it is added to the weight 1 .* a number >= 0"):
+    with pytest.raises(ValueError, match=r"boost=-1, but it is added to the weight 1 .* a number >= 0"):
         weigh_phrases(rows, wordpiece(), ["a"], boost=-1)
     with pytest.raises(ValueError, match=r"phrases\['a'\]: boost='0\.3', but it is added to the weight 1"):
         weigh_phrases(rows, wordpiece(), {"b": 1, "a": "0.3"})
@@ -297,9 +297,9 @@ def test_phrases_come_as_a_list_or_in_a_file_with_boosts_of_their_own(tmp_path):
     rows = [{"text": "a heart attack", **tokenizer("a heart attack")}]
     (row,) = weigh_phrases(rows, tokenizer, file=path, boost=2)
     assert {3.0, 1.5} < {*row["distill_weight"]} <= {3.0, 1.5, 1.0}
-    for given in ({"phrases": ["a"], "file": path}, {"phrases": {"a": 1}, "file": path}, {}, {"phrases": {}}):
+    for wrong in ({"phrases": ["a"], "file": path}, {"phrases": {"a": 1}, "file": path}, {}, {"phrases": {}}):
         with pytest.raises(ValueError, match=r"^phrases=.* and file=.*: give one of them"):
-            weigh_phrases(rows, tokenizer, **given)
+            weigh_phrases(rows, tokenizer, **wrong)
     with pytest.raises(ValueError, match=r"^phrases='terms\.txt'; expected a list of texts .* its path as file"):
         weigh_phrases(rows, tokenizer, "terms.txt")
 

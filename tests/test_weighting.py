@@ -148,7 +148,7 @@ def test_phrases_are_a_list_and_neither_a_text_nor_a_mapping(phrases):
 def test_weights_of_groups_may_be_a_mapping_and_give_none_to_what_is_missing():
     assert GroupWeights("g", weights={"en": 1, 2: 3}) == GroupWeights("g", weights=(("2", 3), ("en", 1)))
     for missing in (None, float("nan")):
-        with pytest.raises(ValueError, match="missing value. Rows without a value take the default"):
+        with pytest.raises(ValueError, match=r"missing value\. Rows without a value take the default"):
             GroupWeights("g", weights={"en": 1, missing: 2})
 
 

