@@ -186,9 +186,14 @@ def test_phrases_are_weighed_before_texts_are_cut_into_blocks(tmp_path, monkeypa
     tokenizer = tiny.tokenizer(["after", "a", "heart", "attack", "or", "stroke"])
     texts = ["after a heart attack or a stroke", "a stroke"]
     tokenized = [{"text": text, **tokenizer(text)} for text in texts]
-    names = run(WEIGHED, monkeypatch, tmp_path, tokenized=tokenized, tokenizer=tokenizer)
-    weights = [[weight for weight in row["distill_weight"] if weight != 1] for row in names["rows"]]
-    assert weights == [[1.5, 1.5, 1.3], [1.3]]
+    (tmp_path / "terms.txt").write_text("heart attack\t0.5\nstroke\n")
+    by_mapping = WEIGHED.replace(
+        "rows = weigh_phrases(tokenized, tokenizer, file", "of_file = weigh_phrases(tokenized, tokenizer, file"
+    )
+    names = run(by_mapping, monkeypatch, tmp_path, tokenized=tokenized, tokenizer=tokenizer)
+    for rows in (names["rows"], names["of_file"]):
+        weights = [[weight for weight in row["distill_weight"] if weight != 1] for row in rows]
+        assert weights == [[1.5, 1.5, 1.3], [1.3]]
     assert names["args"].distillation.logits.item_weights
 
 

@@ -62,12 +62,9 @@ def dist(
     temperature = item_temperature(temperature, student_logits, exact)
     absent = valid & (student_logits == -torch.inf) & (teacher_logits == -torch.inf)
     student, teacher = (
-        torch.softmax(torch.where(valid, logits.to(exact), 0.0) / temperature, -1)
+        _probabilities(torch.where(valid, logits.to(exact), 0.0) / temperature)
         for logits in (student_logits, teacher_logits.detach())
     )
-    # Their squares would vanish anyway, at one probability or another.
-    least = _LEAST_PROBABILITY[exact]
-    student, teacher = (torch.where(probs < least, 0.0, probs) for probs in (student, teacher))
     values = torch.zeros((), dtype=exact, device=student.device)
     if inter:
         values = values + inter * _decorrelation(student, teacher, ~absent, dim=-1)
@@ -77,6 +74,12 @@ def dist(
         values = values + intra * torch.where(present, per_class, 0.0).sum() / present.sum().clamp(min=1)
     values = torch.where(valid, values.unsqueeze(-1) * temperature.square(), 0.0).squeeze(-1)
     return values.to(compute_dtype(student_logits, teacher_logits))
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    """The softmax, without what is so small that its square would vanish."""
+    probs = torch.softmax(logits, -1)
+    return torch.where(probs < _LEAST_PROBABILITY[probs.dtype], 0.0, probs)
 
 
 def _decorrelation(student: Tensor, teacher: Tensor, members: Tensor, *, dim: int) -> Tensor:
