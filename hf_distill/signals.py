@@ -6,6 +6,7 @@ from enum import Enum
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from hf_distill.features import Feature
 
@@ -101,6 +102,32 @@ class Scores:
         if self.softcap is not None:
             scores = self.softcap * (scores / self.softcap).tanh()
         return scores if self.bias is None else scores + self.bias
+
+
+@dataclass(frozen=True)
+class LogitFactors:
+    """Logits as what they are made of: softcap((hidden @ weight^T + bias) * scale).
+
+    Attributes:
+        hidden: (..., width), what the head reads.
+        weight: (classes, width).
+        bias: None or (classes,).
+        scale: multiplies the products, as in Cohere and Granite.
+        softcap: None or c in c * tanh(logits / c), as in Gemma 2.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def dense(self) -> Tensor:
+        """(..., classes) the logits."""
+        logits = functional.linear(self.hidden, self.weight, self.bias)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
 
 def read_logits(task: Task, outputs: Any) -> tuple[Tensor, ...]:
