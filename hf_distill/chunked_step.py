@@ -39,7 +39,7 @@ class ChunkedStepMixin(EvaluationMixin):
             self.teacher,
             task=self._pair.task,
             with_task=terms.task.weight > 0,
-            items=batch.items.kd.shape,
+            mask=batch.items.kd | batch.items.task[0],
         )
 
     def _chunked_shares(

@@ -27,6 +27,27 @@ _TOLERANCE = 2e-5
 logger = logging.get_logger(__name__)
 
 
+class KeptPlaces:
+    """Where a mask is True, counted beforehand, so that nobody waits for the device when the places are asked for."""
+
+    def __init__(self, mask: Tensor) -> None:
+        """Starts counting; `mask` is bool."""
+        self._mask = mask.flatten()
+        self._event: torch.cuda.Event | None = None
+        if mask.device.type == "cuda":
+            self._count = torch.empty((), dtype=torch.int64, pin_memory=True)
+            self._count.copy_(mask.sum(), non_blocking=True)
+            self._event = torch.cuda.Event()
+            self._event.record()
+
+    def places(self) -> Tensor:
+        """(any,) int64, in order."""
+        if self._event is None:
+            return self._mask.nonzero().squeeze(-1)
+        self._event.synchronize()
+        return torch.nonzero_static(self._mask, size=int(self._count)).squeeze(-1)
+
+
 class ChunkedTerms:
     """The two terms of a language model from hidden states, where that is shown to be the same.
 
@@ -38,7 +59,8 @@ class ChunkedTerms:
     def __init__(self) -> None:
         self._tap: HeadTap | None = None
         self._is_cross_entropy: bool | None = None
-        self._reported = False
+        self._in_training, self._reported = False, False
+        self._kept: KeptPlaces | None = None
 
     @property
     def reason(self) -> str | None:
@@ -53,11 +75,13 @@ class ChunkedTerms:
         """Hangs idle hooks on the student's head; before it is compiled or wrapped."""
         if self._tap is None or not self._tap.reads(student):
             self.detach()
-            self._tap, self._is_cross_entropy = HeadTap(student), None
+            self._tap, self._is_cross_entropy, self._reported = HeadTap(student), None, False
         self._tap.attach()
+        self._in_training = True
 
     def detach(self) -> None:
         """Takes the hooks off."""
+        self._in_training = False
         if self._tap is not None:
             self._tap.detach()
 
@@ -93,7 +117,7 @@ class ChunkedTerms:
         *,
         task: Task,
         with_task: bool,
-        items: tuple[int, ...],
+        mask: Tensor,
     ) -> bool:
         """Whether both models let it; runs the student once or twice beside the training where that is not known.
 
@@ -103,14 +127,14 @@ class ChunkedTerms:
             teacher: the teacher.
             task: what both heads predict.
             with_task: whether the student's own loss is one of the terms.
-            items: (batch, length) of the batch.
+            mask: (batch, length) bool, the items of either term; they are counted from here on.
         """
         assert self._tap is not None
         if self.reason is None and not self._tap.verified:
             with in_eval_mode(student), torch.no_grad():
                 self._tap.verify(student, arguments)
-            if self._tap.verified and self._tap.shape != items:
-                self._tap.reason = f"the student's head reads {self._tap.shape} positions of {tuple(items)}"
+            if self._tap.verified and self._tap.shape != mask.shape:
+                self._tap.reason = f"the student's head reads {self._tap.shape} positions of {tuple(mask.shape)}"
         if self.reason is None and with_task and self._is_cross_entropy is None:
             with in_eval_mode(student), torch.no_grad():
                 self._is_cross_entropy = self._own_loss_is_plain(student, arguments, task)
@@ -120,6 +144,8 @@ class ChunkedTerms:
         if reason is not None and not self._reported:
             self._reported = True
             logger.warning(f"Logits of tokens x vocabulary are formed: {reason}.")
+        # Before the teacher's forward: the device then has that to do while the host waits for the number.
+        self._kept = KeptPlaces(mask) if reason is None else None
         return reason is None
 
     def _own_loss_is_plain(self, student: nn.Module, arguments: Mapping[str, Any], task: Task) -> bool:
@@ -172,6 +198,7 @@ class ChunkedTerms:
         targets = next_tokens(batch, task) if batch.labels else torch.zeros_like(mask, dtype=torch.int64)
         bias = None if teacher.bias is None else teacher.bias[:classes]
         teacher = replace(teacher, weight=teacher.weight[:classes], bias=bias)
+        found, self._kept = self._kept, None
         with_task = isinstance(weights["task"], Tensor) or weights["task"] > 0
 
         temperature: Any = terms.logits.temperature  # a number by now
@@ -185,6 +212,7 @@ class ChunkedTerms:
                 kd_weights=weights["kd"] * kd_share,
                 temperature=temperature,
                 divergence=Divergence(LOSSES.get(terms.logits.loss), terms.logits.options),
+                kept=None if found is None else found.places(),
             )
             return loss, (cross_entropy * task_share).sum() if with_task else None, (value * kd_share).sum()
 

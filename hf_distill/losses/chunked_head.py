@@ -77,6 +77,7 @@ def chunked_head_loss(
     divergence: Divergence | None = None,
     chunk_bytes: int | None = None,
     float32_logits: bool | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The weighted sum of cross-entropy and a divergence between two heads' logits, and both per item, in nats.
 
@@ -100,6 +101,8 @@ def chunked_head_loss(
             what suits the device.
         float32_logits: whether logits are float32 where the products' operands are not; None for where that costs no
             time, which is not on a CPU.
+        kept: (any,) int64, in order, the places among all items of those that have a weight; None finds them, for
+            which the host waits on a device.
 
     Returns: the loss, a float32 scalar, sum(task_weights * cross_entropy + kd_weights * divergence); the cross-entropy
         and the divergence, (...,) float32 each, without a graph and 0 where their weight is 0.
@@ -118,7 +121,9 @@ def chunked_head_loss(
         items = _items(student, targets, task_weights, kd_weights, temperature)
         is_one = not isinstance(temperature, Tensor) and temperature == 1
         block = _Block(divergence, student, teacher.softcap, one_softmax=is_one and shared == len(student.weight))
-        _walk(student_head, teacher_head, items, block, chunk_bytes, needs_gradient=needs_gradient)
+        if kept is None:
+            kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
+        _walk(student_head, teacher_head, items, block, kept, chunk_bytes, needs_gradient=needs_gradient)
         loss = (items.task * items.cross_entropy + items.kd * items.divergence).sum()
     if pairs := student_head.attached():
         loss = attach_gradients(loss, pairs)
@@ -150,12 +155,12 @@ def _walk(
     teacher: ChunkedHead,
     items: _Items,
     block: "_Block",
+    kept: Tensor,
     chunk_bytes: int | None,
     *,
     needs_gradient: bool,
 ) -> None:
-    """Fills in the values of the items that count, and the student's gradients."""
-    kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
+    """Fills in the values of the items that are kept, and the student's gradients."""
     budget = chunk_bytes or (_CPU_CHUNK_BYTES if may_read(kept) else _DEVICE_CHUNK_BYTES)
     chunk = max(budget // (student.row_bytes + teacher.row_bytes), _SMALLEST_CHUNK)
     chunks = -(-len(kept) // chunk)
