@@ -89,13 +89,7 @@ class ChunkedTerms:
         """Whether these terms of this batch can be formed so, as far as the models do not forbid it."""
         term = terms.logits
         # Outside a training nothing is attached, and logits are formed.
-        if (
-            not task.is_language_model
-            or task is Task.CTC
-            or term.weight == 0
-            or self._tap is None
-            or not self._tap.is_attached
-        ):
+        if not self._in_training or not task.is_language_model or task is Task.CTC or term.weight == 0:
             return False
         spec = LOSSES.get(term.loss)
         return (
