@@ -13,7 +13,8 @@ from transformers.utils import logging
 from hf_distill.accounting import StepCounts, divisor
 from hf_distill.batches import Batch
 from hf_distill.losses.base import LOSSES
-from hf_distill.losses.chunked_head import Divergence, chunked_head_loss
+from hf_distill.losses.chunked_head import chunked_head_loss
+from hf_distill.losses.head_rows import Divergence
 from hf_distill.models.heads import task_model
 from hf_distill.models.lm_head import WINDOW, HeadTap
 from hf_distill.progress import ActiveTerms

@@ -4,17 +4,15 @@ The items are projected chunk by chunk. The gradient of the logits is formed whi
 them, and goes into those of hidden states and head at once, so that nothing is computed twice and no graph is kept.
 """
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-from hf_distill.losses.base import LOSSES, LossSpec, compute_dtype, item_temperature
-from hf_distill.losses.fused import fused_block, write_cross_entropy
+from hf_distill.losses.base import compute_dtype, item_temperature
 from hf_distill.losses.head_products import ChunkedHead
-from hf_distill.losses.row_gradient import attach_gradients, clear_rows, may_read, row_blocks, rows_per_block
+from hf_distill.losses.head_rows import Divergence, HeadItems, RowLosses
+from hf_distill.losses.row_gradient import attach_gradients, may_read
 from hf_distill.signals import LogitFactors
 
 # For the logits of a chunk, of both sides together.
@@ -22,48 +20,6 @@ _CPU_CHUNK_BYTES = 128 * 2**20
 _DEVICE_CHUNK_BYTES = 2**30
 # With fewer items the products wait for the memory of the head.
 _SMALLEST_CHUNK = 256
-_NO_TARGET = -100
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A registered loss of logits that compares position by position, with its options.
-
-    Attributes:
-        spec: the loss; by default `forward_kl`.
-        options: its own keywords.
-
-    Raises:
-        ValueError: a loss of something else, or one that compares items with each other.
-    """
-
-    spec: LossSpec = field(default_factory=lambda: LOSSES.get("forward_kl"))
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.spec.feature != "logits" or self.spec.compares_rows:
-            raise ValueError(
-                f"{self.spec.name} compares more than the logits of one position, so it cannot be formed chunk by "
-                "chunk. Form the logits of all items and call the loss itself."
-            )
-
-    def __call__(self, student: Tensor, teacher: Tensor, *, temperature: Tensor, targets: Tensor) -> Tensor:
-        """(rows,) values of (rows, classes) logits."""
-        filled: dict[str, Any] = {"temperature": temperature} if self.spec.takes_temperature else {}
-        if self.spec.takes_targets:
-            filled["targets"] = targets
-        return self.spec.function(student, teacher, **filled, **self.options)
-
-
-class _Items(NamedTuple):
-    """(items, 1) each: what an item has beside its hidden states, and its values."""
-
-    targets: Tensor
-    task: Tensor
-    kd: Tensor
-    temperature: Tensor
-    cross_entropy: Tensor
-    divergence: Tensor
 
 
 def chunked_head_loss(
@@ -97,8 +53,8 @@ def chunked_head_loss(
         kd_weights: (...,) >= 0, of each divergence.
         temperature: > 0, of the divergence alone; a number, a scalar tensor or one value per item, (...,).
         divergence: None for `forward_kl`.
-        chunk_bytes: of both sides' logits at once, though never of less than 256 items; None for what suits the device.
-        float32_logits: whether logits are float32 where operands are not; None for where it costs no time, not on CPUs.
+        chunk_bytes: of both sides' logits at once, though never of less than 256 items; None: as suits the device.
+        float32_logits: whether logits are float32 where operands are not; None: where it costs no time, not on CPUs.
         kept: (any,) int64, in order, the places among all items of those with a weight; None makes the host find them.
 
     Returns: the loss, a float32 scalar, sum(task_weights * cross_entropy + kd_weights * divergence); the cross-entropy
@@ -115,7 +71,7 @@ def chunked_head_loss(
         teacher_head = _head(teacher, shared, autocast, float32_logits)
         items = _items(student, targets, task_weights, kd_weights, temperature)
         is_one = not isinstance(temperature, Tensor) and temperature == 1
-        block = _Block(divergence, student, teacher.softcap, one_softmax=is_one and shared == len(student.weight))
+        block = RowLosses(divergence, student, teacher.softcap, one_softmax=is_one and shared == len(student.weight))
         if kept is None:
             kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
         _walk(student_head, teacher_head, items, block, kept, chunk_bytes, needs_gradient=needs_gradient)
@@ -137,10 +93,10 @@ def _head(
 
 def _items(
     student: LogitFactors, targets: Tensor, task_weights: Tensor, kd_weights: Tensor, temperature: float | Tensor
-) -> _Items:
+) -> HeadItems:
     dtype = compute_dtype(student.hidden)
     task, kd = (weights.to(dtype).reshape(-1, 1) for weights in (task_weights, kd_weights))
-    return _Items(
+    return HeadItems(
         targets.reshape(-1, 1).masked_fill(task == 0, 0),
         task,
         kd,
@@ -152,8 +108,8 @@ def _items(
 def _walk(
     student: ChunkedHead,
     teacher: ChunkedHead,
-    items: _Items,
-    block: "_Block",
+    items: HeadItems,
+    block: RowLosses,
     kept: Tensor,
     chunk_bytes: int | None,
     *,
@@ -170,7 +126,7 @@ def _walk(
         hidden = student.hidden(places)
         logits, teacher_logits = student.logits(hidden), teacher.logits(teacher.hidden(places))
         direction = student.direction(logits) if student.gradients else None
-        chosen = _Items(*(column[places] for column in items))
+        chosen = HeadItems(*(column[places] for column in items))
         block.walk(logits, teacher_logits, chosen, direction)
         items.cross_entropy[places], items.divergence[places] = chosen.cross_entropy, chosen.divergence
         if direction is not None:
@@ -184,97 +140,6 @@ def _places(kept: Tensor, chunk: int, items: int) -> Iterator[Tensor | slice]:
         return
     for start in range(0, items, max(chunk, 1)):
         yield slice(start, start + chunk)
-
-
-class _Block:
-    """Values and gradient of a few rows of logits at a time, while they are in the processor's cache."""
-
-    def __init__(
-        self, divergence: Divergence, student: LogitFactors, teacher_softcap: float | None, *, one_softmax: bool
-    ) -> None:
-        self._divergence, self._one_softmax = divergence, one_softmax
-        self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher_softcap
-        self._is_kl = divergence.spec.name == "forward_kl"
-
-    def walk(self, logits: Tensor, teacher_logits: Tensor, items: _Items, direction: Tensor | None) -> None:
-        """Writes the values of a chunk's items, and over its logits their gradient before scale."""
-        buffers = 5 if self._softcap is None else 6
-        rows = rows_per_block(logits, buffers=buffers, dtype=items.task.dtype)
-        scratch = torch.empty(buffers, rows * logits.shape[-1], dtype=items.task.dtype, device=logits.device)
-        tensors = [logits, teacher_logits, *items, *(() if direction is None else (direction,))]
-        for student, teacher, *columns in row_blocks(tensors, rows):
-            part, out = _Items(*columns[:6]), columns[6] if direction is not None else None
-            slope = None
-            if self._softcap is not None:
-                slope = _cap(student, self._softcap, slope=scratch[5])
-            if self._teacher_softcap is not None:
-                _cap(teacher, self._teacher_softcap)
-            form = self._fused if self._is_kl else self._apart
-            form(student, teacher, part, out, scratch)
-            if out is not None and slope is not None:
-                out.mul_(slope)
-            part.cross_entropy.masked_fill_(part.task == 0, 0.0)
-            part.divergence.masked_fill_(part.kd == 0, 0.0)
-
-    def _fused(
-        self, student: Tensor, teacher: Tensor, items: _Items, direction: Tensor | None, scratch: Tensor
-    ) -> None:
-        square = items.temperature.square()
-        weights = (items.task * self._scale, items.kd * items.temperature * self._scale)
-        fused_block(
-            student,
-            teacher,
-            items.targets,
-            *weights,
-            items.temperature.reciprocal(),
-            items.cross_entropy,
-            items.divergence,
-            direction,
-            scratch=scratch,
-            one_softmax=self._one_softmax,
-        )
-        items.divergence.mul_(square)
-
-    def _apart(
-        self, student: Tensor, teacher: Tensor, items: _Items, direction: Tensor | None, scratch: Tensor
-    ) -> None:
-        """The two terms one after the other; the divergence forms its own gradient."""
-        (rows, classes), shared = student.shape, teacher.shape[-1]
-        # A label beyond the shared classes is none to the divergence.
-        targets = items.targets.masked_fill((items.task == 0) | (items.targets >= shared), _NO_TARGET)
-        leaf = student[:, :shared].detach().requires_grad_(direction is not None)
-        with torch.set_grad_enabled(direction is not None):
-            values = self._divergence(
-                leaf, teacher, temperature=items.temperature.squeeze(-1), targets=targets.squeeze(-1)
-            )
-        items.divergence.copy_(values.detach().unsqueeze(-1))
-        gradient = None
-        if direction is not None:
-            (gradient,) = torch.autograd.grad(values, leaf, (items.kd * self._scale).squeeze(-1).to(values.dtype))
-            clear_rows(gradient, items.kd)
-        if may_read(items.task) and not bool(items.task.any()):
-            if direction is not None and gradient is not None:
-                direction[:, :shared] = gradient
-                direction[:, shared:] = 0
-            return
-        shifted, probs = (buffer[: rows * classes].view(rows, classes) for buffer in scratch[:2])
-        write_cross_entropy(student, items.targets, student=shifted, probs=probs, out=items.cross_entropy)
-        if direction is not None and gradient is not None:
-            task = items.task * self._scale
-            clear_rows(probs.mul_(task), task)
-            probs.scatter_add_(-1, items.targets, -task)
-            probs[:, :shared] += gradient
-            direction.copy_(probs)
-
-
-def _cap(logits: Tensor, softcap: float, *, slope: Tensor | None = None) -> Tensor | None:
-    """Caps (rows, classes) logits in place; returns its derivative at each of them, in the memory of `slope`."""
-    logits.div_(softcap).tanh_()
-    if slope is not None:
-        slope = slope[: logits.numel()].view(logits.shape)
-        slope.copy_(logits).square_().neg_().add_(1)
-    logits.mul_(softcap)
-    return slope
 
 
 def _check(student: LogitFactors, teacher: LogitFactors, targets: Tensor, **weights: Tensor) -> None:

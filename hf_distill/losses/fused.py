@@ -114,16 +114,16 @@ def _gradient_buffer(student_logits: Tensor, teacher_logits: Tensor, overwrite_t
 
 
 def _walk(tensors: list[Tensor], direction: Tensor | None, *, one_softmax: bool) -> None:
-    """Runs `fused_block`, whose arguments these are, over all rows."""
+    """Runs `_fused_block`, whose arguments these are, over all rows."""
     student_logits, values = tensors[0], tensors[-1]
     buffers = 4 if one_softmax else 5
     rows = rows_per_block(student_logits, buffers=buffers, dtype=values.dtype)
     scratch = torch.empty(buffers, rows * student_logits.shape[-1], dtype=values.dtype, device=values.device)
     for block in row_blocks(tensors if direction is None else [*tensors, direction], rows):
-        fused_block(*block, scratch=scratch, one_softmax=one_softmax)
+        _fused_block(*block, scratch=scratch, one_softmax=one_softmax)
 
 
-def fused_block(
+def _fused_block(
     student_logits: Tensor,  # (rows, classes)
     teacher_logits: Tensor,  # (rows, shared)
     targets: Tensor,  # (rows, 1)
@@ -137,7 +137,6 @@ def fused_block(
     scratch: Tensor,  # (4 or 5, at least rows * classes)
     one_softmax: bool,  # whether p is p_s
 ) -> None:
-    """Writes both values and, if asked for, the gradient of a block of rows; `direction` may be `student_logits`."""
     # Prompts and padding come in runs. Only a CPU can look for them without waiting.
     if row_gradient.may_read(task) and not bool((task + kd).any()):
         if direction is not None:
@@ -146,7 +145,9 @@ def fused_block(
     (rows, classes), shared = student_logits.shape, teacher_logits.shape[-1]
     student, probs = (buffer[: rows * classes].view(rows, classes) for buffer in scratch[:2])
     teacher, teacher_probs = (buffer[: rows * shared].view(rows, shared) for buffer in scratch[2:4])
-    write_cross_entropy(student_logits, targets, student=student, probs=probs, out=cross_entropy)
+    subtract_maximum(student_logits, out=student)
+    torch.softmax(student, -1, out=probs)
+    torch.add(student.gather(-1, targets), probs.amax(-1, keepdim=True).log_(), out=cross_entropy).neg_()
 
     student_probs = probs
     if not one_softmax:
@@ -166,20 +167,3 @@ def fused_block(
         probs.scatter_add_(-1, targets, -task)
         torch.addcmul(probs[:, :shared], difference, kd, out=direction[:, :shared])
         direction[:, shared:] = probs[:, shared:]
-
-
-def write_cross_entropy(
-    student_logits: Tensor, targets: Tensor, *, student: Tensor, probs: Tensor, out: Tensor
-) -> None:
-    """Writes the cross-entropy per row, and what its gradient is made of.
-
-    Args:
-        student_logits: (rows, classes).
-        targets: (rows, 1) int64.
-        student: (rows, classes), written with the logits less the maximum of their row.
-        probs: (rows, classes), written with their softmax.
-        out: (rows, 1).
-    """
-    subtract_maximum(student_logits, out=student)
-    torch.softmax(student, -1, out=probs)
-    torch.add(student.gather(-1, targets), probs.amax(-1, keepdim=True).log_(), out=out).neg_()

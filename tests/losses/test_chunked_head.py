@@ -6,8 +6,9 @@ import torch
 from torch.nn import functional as F
 
 from hf_distill.losses import LOSSES, chunked_head
-from hf_distill.losses.chunked_head import Divergence, chunked_head_loss
+from hf_distill.losses.chunked_head import chunked_head_loss
 from hf_distill.losses.fused import cross_entropy_and_forward_kl
+from hf_distill.losses.head_rows import Divergence
 from hf_distill.signals import LogitFactors
 from tests.losses.variants import variants
 
