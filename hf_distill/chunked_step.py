@@ -42,6 +42,14 @@ class ChunkedStepMixin(EvaluationMixin):
             mask=batch.items.kd | batch.items.task[0],
         )
 
+    def _usable(self, teacher_output: TeacherOutput | None, batch: Batch) -> TeacherOutput | None:
+        """What the teacher says, with its logits where its head is elsewhere or has read other positions."""
+        if teacher_output is None or teacher_output.factors is None:
+            return teacher_output
+        factors, items = teacher_output.factors, batch.items.kd
+        fits = factors.hidden.shape[:-1] == items.shape and factors.weight.device == items.device
+        return teacher_output if fits else teacher_output.formed()
+
     def _chunked_shares(
         self,
         model: nn.Module,

@@ -96,7 +96,11 @@ class TeacherOutput:
 
     def formed(self) -> "TeacherOutput":
         """The same with its logits."""
-        return self if self.factors is None else replace(self, logits=(self.factors.dense(),), factors=None)
+        if self.factors is None:
+            return self
+        # Autocast may have left what the head reads in another dtype than its weight.
+        hidden = self.factors.hidden.to(self.factors.weight.dtype)
+        return replace(self, logits=(replace(self.factors, hidden=hidden).dense(),), factors=None)
 
 
 @dataclass(frozen=True)

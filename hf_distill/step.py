@@ -115,6 +115,7 @@ class StepMixin(ChunkedStepMixin):
             teacher_output = self.ask_teacher(batch, terms, training=model.training, factored=factored)
         if model.training:
             known = isinstance(num_items_in_batch, StepCounts)
+            teacher_output = self._usable(teacher_output, batch)
             counts = num_items_in_batch if known else StepCounts.of_batch(self.count(batch, teacher_output))
             loss, outputs = self._training_loss(model, batch, counts, terms, teacher_output, fuse=not return_outputs)
         else:
