@@ -160,8 +160,9 @@ def _forward_kl(rows: _Rows, *, one_softmax: bool) -> None:
     difference = teacher_exps.addcmul_(student_exps, teacher_total / student_total, value=-1)
     clear_rows(difference, rows.kd)
     _write_cross_entropy_gradient(rows, exps, total)
-    scale = (rows.kd / teacher_total).masked_fill_(rows.kd == 0, 0.0)  # the total may be NaN there
-    torch.addcmul(exps[:, :shared], difference, scale, value=-1, out=rows.direction[:, :shared])
+    difference.mul_((rows.kd / teacher_total).masked_fill_(rows.kd == 0, 0.0))  # the total may be NaN there
+    # Two passes: of three operands, one of them a column, a CPU makes one slow one.
+    torch.sub(exps[:, :shared], difference, out=rows.direction[:, :shared])
     rows.direction[:, shared:] = exps[:, shared:]
 
 
