@@ -55,9 +55,11 @@ class LayerTrainingMixin(StepMixin):
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self._start_layers()
+        self._chunked.attach(self.model)
         try:
             return super()._inner_training_loop(*args, **kwargs)
         finally:
+            self._chunked.detach()
             if self._layers is not None:
                 self._layers.stop()
 

@@ -1,11 +1,12 @@
 """The words the layers share: the task of a head, and what a teacher says about a batch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
 from torch import Tensor
+from torch.nn import functional
 
 from hf_distill.features import Feature
 
@@ -50,6 +51,32 @@ _LANGUAGE_MODELS = frozenset({Task.MASKED_LM, Task.CAUSAL_LM, Task.SEQ2SEQ_LM, T
 
 
 @dataclass(frozen=True)
+class LogitFactors:
+    """Logits as what they are made of: softcap((hidden @ weight^T + bias) * scale).
+
+    Attributes:
+        hidden: (..., width), what the head reads.
+        weight: (classes, width).
+        bias: None or (classes,).
+        scale: multiplies the products, as in Cohere and Granite.
+        softcap: None or c in c * tanh(logits / c), as in Gemma 2.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def dense(self) -> Tensor:
+        """(..., classes) the logits."""
+        logits = functional.linear(self.hidden, self.weight, self.bias)
+        if self.scale != 1:
+            logits = logits * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
+
+
+@dataclass(frozen=True)
 class TeacherOutput:
     """What a teacher says about one batch, without a graph.
 
@@ -59,11 +86,21 @@ class TeacherOutput:
         overwritable: whether nobody else holds these tensors, so that a loss may write its gradient over them.
         features: what was recorded inside the teacher, by its source: hidden states and module outputs as tensors,
             attention layers as `models.capture.AttentionRecord`.
+        factors: in place of the logits, what they are made of, where that was asked for.
     """
 
     logits: tuple[Tensor, ...]
     overwritable: bool = False
     features: Mapping[Feature, Any] = field(default_factory=dict)
+    factors: LogitFactors | None = None
+
+    def formed(self) -> "TeacherOutput":
+        """The same with its logits."""
+        if self.factors is None:
+            return self
+        # Autocast may have left what the head reads in another dtype than its weight.
+        hidden = self.factors.hidden.to(self.factors.weight.dtype)
+        return replace(self, logits=(replace(self.factors, hidden=hidden).dense(),), factors=None)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from hf_distill.accounting import StepCounts, TermMeter, divisor, with_item_weig
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.balancing import Balancer
 from hf_distill.batches import TEACHER_OUTPUT, Batch
+from hf_distill.chunked_step import ChunkedStepMixin, Shares
 from hf_distill.config import DistillationConfig, LogitTerm
-from hf_distill.evaluation import EvaluationMixin
 from hf_distill.fused_terms import FusedTerms
 from hf_distill.gathering import gather_rows
 from hf_distill.item_weights import ItemWeights
@@ -32,7 +32,7 @@ from hf_distill.temperature_log import TemperatureMeter
 from hf_distill.weighting import ITEM_GROUP
 
 
-class StepMixin(EvaluationMixin):
+class StepMixin(ChunkedStepMixin):
     """`Trainer.compute_loss` with a teacher, in training and in evaluation."""
 
     args: DistillationTrainingArguments
@@ -79,8 +79,10 @@ class StepMixin(EvaluationMixin):
             return None if self._item_weights.needs_teacher else self._item_weights(batch)
         return self._item_weights(batch, self._pair.align_teacher(teacher_output.logits, batch.items.kd.device))
 
-    def ask_teacher(self, batch: Batch, terms: ActiveTerms, *, training: bool) -> TeacherOutput | None:
-        """What the teacher says about a batch; None where nobody asks."""
+    def ask_teacher(
+        self, batch: Batch, terms: ActiveTerms, *, training: bool, factored: bool = False
+    ) -> TeacherOutput | None:
+        """What the teacher says about a batch, with `factored` without forming its logits; None where nobody asks."""
         if self.teacher is None or (training and not terms.need_teacher):
             return None
         if not training and self._pair.task is Task.EMBEDDING:  # matches are not evaluated
@@ -88,6 +90,7 @@ class StepMixin(EvaluationMixin):
         records = training and any(match.asks_teacher for match in terms.matches)
         # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
         asked: dict[str, Any] = {"record": True} if records else {}
+        asked |= {"factored": True} if factored else {}
         return self.teacher(batch.teacher, **asked)
 
     def compute_loss(
@@ -112,9 +115,11 @@ class StepMixin(EvaluationMixin):
         batch = self.split(inputs)
         teacher_output = inputs.get(TEACHER_OUTPUT)
         if not isinstance(teacher_output, TeacherOutput):  # a data set may have a column of that name
-            teacher_output = self.ask_teacher(batch, terms, training=model.training)
+            factored = model.training and not return_outputs and self._can_be_chunked(batch, terms)
+            teacher_output = self.ask_teacher(batch, terms, training=model.training, factored=factored)
         if model.training:
             known = isinstance(num_items_in_batch, StepCounts)
+            teacher_output = self._usable(teacher_output, batch)
             counts = num_items_in_batch if known else StepCounts.of_batch(self.count(batch, teacher_output))
             loss, outputs = self._training_loss(model, batch, counts, terms, teacher_output, fuse=not return_outputs)
         else:
@@ -131,27 +136,15 @@ class StepMixin(EvaluationMixin):
         *,
         fuse: bool,
     ) -> tuple[Tensor, Any]:
-        with_task = bool(batch.labels) and terms.task.weight > 0
-        is_plain = self.label_smoother is None and self.compute_loss_func is None
-        fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
-        arguments = self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted))
-        outputs, matched, learned = self._forward(model, arguments, batch, counts, terms, teacher_output)
-        objective, signals = None, None
-        if terms.logits.weight > 0:
-            objective = self._objective(terms.logits, batch, terms.progress, learned)
-            pairs = self._aligned(outputs, teacher_output)
-            signals = objective.signals(pairs, batch, self._weights_of(batch, teacher_output))
-            if self._temperatures is not None:
-                self._temperatures.add_all(signals.temperatures, batch.items.kd)
         weights = self._weights(terms)
-        result: tuple[Tensor, Tensor | None, Tensor | None] | None = None
-        if fuse and teacher_output is not None and signals is not None:
-            overwrite = teacher_output.overwritable
-            result = self._fused(
-                outputs, signals, batch, counts, weights, task=self._pair.task, overwrite_teacher=overwrite
+        if teacher_output is not None and teacher_output.factors is not None:
+            result, outputs, matched, learned = self._chunked_shares(
+                model, batch, counts, terms, teacher_output, weights
             )
-        if result is None:
-            result = self._terms_apart(outputs, objective, signals, batch, counts, weights)
+        else:
+            result, outputs, matched, learned = self._dense_shares(
+                model, batch, counts, terms, teacher_output, weights, fuse=fuse
+            )
         loss, task_share, kd_share = result
         shares = {"task": task_share, "kd": kd_share, **matched}
         known = {name: share for name, share in shares.items() if share is not None}
@@ -165,6 +158,40 @@ class StepMixin(EvaluationMixin):
         for name, share in known.items():
             self._meter.add(f"loss_{name}", share * counts.world_scale)
         return loss if counts.world_scale == 1 else loss * counts.world_scale, outputs
+
+    def _dense_shares(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        counts: StepCounts,
+        terms: ActiveTerms,
+        teacher_output: TeacherOutput | None,
+        weights: Mapping[str, Any],
+        *,
+        fuse: bool,
+    ) -> tuple[Shares, Any, dict[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
+        """The shares of both terms; the student's output, its shares of the matches, and what else is learned."""
+        with_task = bool(batch.labels) and terms.task.weight > 0
+        is_plain = self.label_smoother is None and self.compute_loss_func is None
+        fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
+        arguments = self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted))
+        outputs, matched, learned = self._forward(model, arguments, batch, counts, terms, teacher_output)
+        objective, signals = None, None
+        if terms.logits.weight > 0:
+            objective = self._objective(terms.logits, batch, terms.progress, learned)
+            pairs = self._aligned(outputs, teacher_output)
+            signals = objective.signals(pairs, batch, self._weights_of(batch, teacher_output))
+            if self._temperatures is not None:
+                self._temperatures.add_all(signals.temperatures, batch.items.kd)
+        result: Shares | None = None
+        if fuse and teacher_output is not None and signals is not None:
+            overwrite = teacher_output.overwritable
+            result = self._fused(
+                outputs, signals, batch, counts, weights, task=self._pair.task, overwrite_teacher=overwrite
+            )
+        if result is None:
+            result = self._terms_apart(outputs, objective, signals, batch, counts, weights)
+        return result, outputs, matched, learned
 
     def _weights(self, terms: ActiveTerms) -> dict[str, Any]:
         """The weight of each term now: numbers, or scalars without a graph where the terms are balanced."""

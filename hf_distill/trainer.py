@@ -21,6 +21,7 @@ from transformers import (
 from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
 from hf_distill.batches import TEACHER_OUTPUT, Batch, split_batch
+from hf_distill.chunked_terms import ChunkedTerms
 from hf_distill.collator import TEACHER_PREFIX, DistillationCollator
 from hf_distill.dataset_checks import check_batch, find_label, label_filler
 from hf_distill.fused_terms import FusedTerms
@@ -87,7 +88,7 @@ class DistillationMixin(LayerTrainingMixin):
             set_seed(args.seed)  # a new head is part of the run, and `Trainer` seeds too late for it
             model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
         self._meter, self._eval_meter, self._windows = TermMeter(), TermMeter(), 0
-        self._fused, self._temperatures = FusedTerms(), None
+        self._fused, self._chunked, self._temperatures = FusedTerms(), ChunkedTerms(), None
         self._layers, self._balancer, self._item_weights = None, None, None
         self._term_steps: Counter[str] = Counter()
         self._starts, self._step_weights, self._active = True, {}, None

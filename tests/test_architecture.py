@@ -30,7 +30,7 @@ LAYERS = (
     (
         "composition",
         {"accounting", "batches", "objective", "task_loss", "fused_terms", "gathering", "matching", "progress"}
-        | {"targets", "objective_checks", "balancing", "temperature_log", "item_weights", "learned"},
+        | {"targets", "objective_checks", "balancing", "temperature_log", "item_weights", "learned", "chunked_terms"},
     ),
     (
         "glue",
@@ -47,7 +47,7 @@ LAYERS = (
             "histograms",
             "step",
         }
-        | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup"},
+        | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup", "chunked_step"},
     ),
     ("edges", {"cli", "demo"}),
 )

@@ -78,6 +78,8 @@ class Stepper:
 
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
+        if hasattr(trainer, "_chunked"):  # as the train() of ours does
+            trainer._chunked.attach(trainer.model)
         self.trainer.create_optimizer()
         self.model, self.optimizer = self.trainer.accelerator.prepare(self.trainer.model, self.trainer.optimizer)
         self.trainer.model_wrapped = self.model

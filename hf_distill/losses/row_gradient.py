@@ -88,6 +88,38 @@ class _AttachedGradient(torch.autograd.Function):
         return direction, None, None, None
 
 
+def attach_gradients(value: Tensor, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """The scalar `value`, with a gradient for each of several tensors, ready beforehand.
+
+    Backward multiplies the gradients in place and gives them away; a graph that is retained gets copies.
+
+    Args:
+        value: a scalar without a graph.
+        pairs: a tensor that asks for a gradient, and that gradient, of its shape and dtype; owned by the graph from
+            here on.
+    """
+    tensors, gradients = zip(*pairs, strict=True)
+    return _AttachedGradients.apply(value, len(tensors), *tensors, *gradients)
+
+
+class _AttachedGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, count: int, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors[count:])
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, value_gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("This loss has no second derivative. Call backward without create_graph=True.")
+        gradients = ctx.saved_tensors
+        if _graph_is_retained():
+            gradients = [gradient.clone() for gradient in gradients]
+        if not (may_read(value_gradient) and bool(value_gradient == 1)):
+            gradients = [gradient.mul_(value_gradient) for gradient in gradients]
+        return None, None, *gradients, *(None for _ in gradients)
+
+
 # torch has no public name for this (torch 2.13's own compiled backwards ask the same question before they reuse a
 # saved buffer). Without it each backward copies. Were the answer ever wrong, the version counter of the saved
 # tensor would make the second backward raise, not return a wrong gradient.

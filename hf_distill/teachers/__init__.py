@@ -1,11 +1,12 @@
 """Where the teacher's signals come from. A teacher is anything that turns inputs into a `TeacherOutput`."""
 
-from hf_distill.teachers.base import RecordingTeacher, Teacher
+from hf_distill.teachers.base import FactoredTeacher, RecordingTeacher, Teacher
 from hf_distill.teachers.loading import load_student, load_teacher
 from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher, in_eval_mode
 
 __all__ = [
     "AdapterOffTeacher",
+    "FactoredTeacher",
     "LocalTeacher",
     "RecordingTeacher",
     "Teacher",

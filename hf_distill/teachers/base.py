@@ -1,7 +1,7 @@
 """What the trainer asks of a teacher."""
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -50,4 +50,18 @@ class RecordingTeacher(Teacher, Protocol):
         Raises:
             ValueError: the model has no such feature.
         """
+        ...
+
+
+@runtime_checkable
+class FactoredTeacher(Teacher, Protocol):
+    """A teacher that also gives what a language model's logits are made of, in place of them."""
+
+    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False, factored: bool = False) -> TeacherOutput:
+        """As `Teacher`; with `factored` the output holds `factors` and no logits, where the model lets it."""
+        ...
+
+    @property
+    def gives_factors(self) -> bool:
+        """Whether it can, as far as is known."""
         ...

@@ -1,7 +1,7 @@
 """Teachers that run in this process: a frozen model, or a PEFT student's own base."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from hf_distill.features import Feature
 from hf_distill.models.capture import Capture
 from hf_distill.models.heads import decoder_inputs, find_task, input_names, task_model
+from hf_distill.models.lm_head import HeadTap
 from hf_distill.signals import Task, TeacherOutput, read_logits
 
 
@@ -31,11 +32,17 @@ class LocalTeacher:
         self._task = find_task(model)
         self._names = input_names(model)
         self._capture: Capture | None = None
+        self._tap = HeadTap(model)
 
     @property
     def model(self) -> nn.Module:
         """The teacher model."""
         return self._model
+
+    @property
+    def gives_factors(self) -> bool:
+        """Whether the logits can be taken apart, as far as is known."""
+        return self._tap.reason is None
 
     def prepare_recording(self, features: Sequence[Feature]) -> None:
         """Makes ready to record these features; see `RecordingTeacher`."""
@@ -48,8 +55,11 @@ class LocalTeacher:
         if getattr(self._model, "hf_device_map", None) is None and not getattr(self._model, "is_quantized", False):
             self._model.to(device)
 
-    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False) -> TeacherOutput:
-        """The logits of one forward over those of `inputs` that the model's forward names, and with `record` more."""
+    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False, factored: bool = False) -> TeacherOutput:
+        """The logits of one forward over those of `inputs` that the model's forward names, and with `record` more.
+
+        With `factored` it gives what its logits are made of in their place, where it can.
+        """
         arguments = {name: value for name, value in inputs.items() if name in self._names and name != "labels"}
         model = task_model(self._model)
         if model.main_input_name not in arguments and "inputs_embeds" not in arguments:
@@ -66,11 +76,22 @@ class LocalTeacher:
                 arguments |= decoder_inputs(model, inputs["labels"])
             options: dict[str, Any] = {"use_cache": False} if "use_cache" in self._names else {}
             capture = self._capture if record else None
-            with self._autocast(), nullcontext() if capture is None else capture.recording():
-                options |= {} if capture is None else capture.forward_arguments
-                outputs = self._model(**self._cast(arguments), **options)
+            arguments = {**self._cast(arguments), **options}
+            if factored:
+                with self._autocast():
+                    self._tap.verify(self._model, arguments)
+            with ExitStack() as stack:
+                stack.enter_context(self._autocast())
+                if capture is not None:
+                    stack.enter_context(capture.recording())
+                    arguments |= capture.forward_arguments
+                if factored and self._tap.verified:
+                    stack.enter_context(self._tap.open(lambda factors: factors))
+                outputs = self._model(**arguments)
                 features = {} if capture is None else capture.collect(outputs)
-        return TeacherOutput(logits=read_logits(self._task, outputs), overwritable=True, features=features)
+        factors = self._tap.take() if factored else None
+        logits = () if factors is not None else read_logits(self._task, outputs)
+        return TeacherOutput(logits=logits, overwritable=True, features=features, factors=factors)
 
     def _cast(self, arguments: dict[str, Tensor]) -> dict[str, Tensor]:
         # Whisper in bfloat16 refuses float32 features.
@@ -102,6 +123,11 @@ class AdapterOffTeacher:
         """The base model inside the student."""
         return task_model(self._student())
 
+    @property
+    def gives_factors(self) -> bool:
+        """Whether the base's logits can be taken apart, as far as is known."""
+        return self._recorder is None or self._recorder.gives_factors
+
     def place(self, device: torch.device) -> None:
         """Nothing: the student is there already."""
 
@@ -111,15 +137,15 @@ class AdapterOffTeacher:
             self._recorder.prepare_recording(())
         self._features, self._recorder = tuple(features), None
 
-    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False) -> TeacherOutput:
-        """The base's logits for a batch, and with `record` its features."""
+    def __call__(self, inputs: Mapping[str, Tensor], *, record: bool = False, factored: bool = False) -> TeacherOutput:
+        """The base's logits, or what they are made of, for a batch, and with `record` its features."""
         student: Any = self._student()
         with in_eval_mode(student), student.disable_adapter():
             if self._recorder is None or self._recorder.model is not student:
                 self._recorder = LocalTeacher(student, autocast=self._autocast)
                 if self._features:
                     self._recorder.prepare_recording(self._features)
-            return self._recorder(inputs, record=record)
+            return self._recorder(inputs, record=record, factored=factored)
 
 
 @contextmanager

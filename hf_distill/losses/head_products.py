@@ -1,0 +1,106 @@
+"""The matrix products of a language model's head, a chunk of items at a time, in buffers that are used again."""
+
+import torch
+from torch import Tensor
+
+from hf_distill.signals import LogitFactors
+
+
+class ChunkedHead:
+    """One side's head: projects chunks of its hidden states, and collects the gradients of the chunks' logits.
+
+    Args:
+        factors: (..., width) hidden states and their head.
+        classes: how many of its leading classes are asked for.
+        dtype: of the operands of all products.
+        logits_dtype: of the logits, `dtype` or wider.
+
+    Attributes:
+        gradients: by the names of `LogitFactors`, for each tensor of the side that asks for one. Those of weight and
+            bias, which are sums over chunks, are as wide as the logits, the bias's at least float32.
+    """
+
+    def __init__(self, factors: LogitFactors, *, classes: int, dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
+        self._factors, self._dtype, self._logits_dtype = factors, dtype, logits_dtype
+        self._hidden = factors.hidden.detach().flatten(0, -2)
+        self._weight = factors.weight.detach()[:classes].to(dtype)
+        self._bias = None if factors.bias is None else factors.bias.detach()[:classes].to(logits_dtype)
+        self._buffer = self._weight.new_empty(0, classes, dtype=logits_dtype)
+        self.gradients: dict[str, Tensor] = {}
+
+    @property
+    def row_bytes(self) -> int:
+        """What one item's logits take."""
+        return len(self._weight) * self._logits_dtype.itemsize
+
+    def reserve(self, items: int, *, gradients: bool) -> None:
+        """Makes room for chunks of up to so many items and, if asked for, for the gradients."""
+        self._buffer = self._weight.new_empty(items, len(self._weight), dtype=self._logits_dtype)
+        if not gradients:
+            return
+        shapes = {"hidden": self._hidden, "weight": self._weight, "bias": self._weight[:, 0]}
+        for name, like in shapes.items():
+            source: Tensor | None = getattr(self._factors, name)
+            if source is not None and source.requires_grad:
+                wide = name == "bias" or (name == "weight" and self._is_wide)
+                dtype = torch.promote_types(self._dtype, torch.float32) if wide else self._dtype
+                self.gradients[name] = torch.zeros(like.shape, dtype=dtype, device=like.device)
+
+    @property
+    def _is_wide(self) -> bool:
+        return self._logits_dtype != self._dtype
+
+    def hidden(self, items: Tensor | slice) -> Tensor:
+        """(items, width) some of the hidden states, in the dtype of the products."""
+        return self._hidden[items].to(self._dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(items, classes) the logits before the softcap; the next call overwrites them."""
+        out = self._buffer[: len(hidden)]
+        if not self._is_wide:
+            if self._bias is None:
+                torch.mm(hidden, self._weight.t(), out=out)
+            else:
+                torch.addmm(self._bias, hidden, self._weight.t(), out=out)
+        else:
+            if hidden.device.type == "cpu":  # has no product that ends in a wider dtype (torch 2.13)
+                torch.mm(hidden.to(self._logits_dtype), self._weight.to(self._logits_dtype).t(), out=out)
+            else:
+                torch.mm(hidden, self._weight.t(), out_dtype=self._logits_dtype, out=out)
+            if self._bias is not None:
+                out.add_(self._bias)
+        return out if self._factors.scale == 1 else out.mul_(self._factors.scale)
+
+    def direction(self, logits: Tensor) -> Tensor:
+        """(items, classes) in the dtype of the products, where the gradient of `logits` goes: row by row over them."""
+        return logits.view(self._dtype)[:, : logits.shape[-1]]
+
+    def collect(self, items: Tensor | slice, hidden: Tensor, direction: Tensor) -> None:
+        """Adds what a chunk contributes to the gradients.
+
+        Args:
+            items: which they are.
+            hidden: (items, width) as `hidden` gave them.
+            direction: (items, classes) the gradient of their logits before scale.
+        """
+        for name, gradient in self.gradients.items():
+            if name == "hidden":
+                gradient[items] = direction @ self._weight
+            elif name == "bias":
+                gradient.add_(direction.sum(0, dtype=gradient.dtype))
+            elif gradient.dtype == self._dtype:
+                gradient.addmm_(direction.t(), hidden)
+            elif hidden.device.type == "cpu":
+                gradient.add_(direction.t() @ hidden)
+            else:
+                torch.addmm(gradient, direction.t(), hidden, out_dtype=gradient.dtype, out=gradient)
+
+    def attached(self) -> list[tuple[Tensor, Tensor]]:
+        """The side's tensors that ask for a gradient, each with it."""
+        pairs = []
+        for name, gradient in self.gradients.items():
+            source: Tensor = getattr(self._factors, name)
+            if len(gradient) < len(source) and name != "hidden":
+                gradient = torch.cat([gradient, gradient.new_zeros(len(source) - len(gradient), *gradient.shape[1:])])
+            pairs.append((source, gradient.view(source.shape).to(source.dtype)))
+        return pairs

@@ -1,0 +1,137 @@
+"""A training of a language model from its hidden states is the training from its logits."""
+
+import peft
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from hf_distill import DistillationTrainer, DistillationTrainingArguments
+from tests.invariants.steps import assert_same_steps, longer, recorded, step_options
+from tests.tiny import VOCABULARY, ZOO, llama, mixtral, pair, rows
+
+HEADS = ("llama", "gpt2", "t5", "bart", "whisper", "bert-masked")
+
+
+def trainer_of(name, tmp_path, batch=4, accumulation=2, *, models=None, data=None, **options):
+    student, teacher = models or pair(name)
+    return DistillationTrainer(
+        model=student,
+        teacher_model=teacher,
+        args=DistillationTrainingArguments(**step_options(tmp_path, batch, accumulation, **options)),
+        train_dataset=data or rows(ZOO[name][1]),
+    )
+
+
+def run(trainer, monkeypatch, *, chunked):
+    """A recorded training, with a check of which way its terms were formed."""
+    ways = {"_chunked_shares": [], "_dense_shares": []}
+    for way, calls in ways.items():
+        method = getattr(trainer, way)
+        monkeypatch.setattr(trainer, way, lambda *a, c=calls, m=method, **k: c.append(1) or m(*a, **k))
+    if not chunked:
+        monkeypatch.setattr(trainer, "_can_be_chunked", lambda batch, terms: False)
+    found = recorded(trainer)
+    assert bool(ways["_chunked_shares"]) == chunked
+    assert bool(ways["_dense_shares"]) != chunked
+    return found
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"task_weight": 0.0},
+        {"kd_loss": "jsd", "temperature": 1.0},
+        {"kd_loss": "dkd"},
+        {"kd_loss": "reverse_kl", "temperature": 4.0, "temperature_schedule": "linear", "temperature_final": 1.0},
+    ],
+    ids=str,
+)
+def test_gradients_and_logs_are_those_of_the_logits(name, options, tmp_path, monkeypatch):
+    reference = run(trainer_of(name, tmp_path, **options), monkeypatch, chunked=False)
+    assert_same_steps(run(trainer_of(name, tmp_path, **options), monkeypatch, chunked=True), reference)
+
+
+@pytest.mark.parametrize("split", [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("name", ["llama", "t5", "bert-masked"])
+def test_how_a_batch_is_split_and_padded_does_not_matter(name, split, tmp_path, monkeypatch):
+    data, kind = rows(ZOO[name][1]), ZOO[name][1]
+    reference = run(trainer_of(name, tmp_path, 8, 1), monkeypatch, chunked=True)
+    padded = trainer_of(name, tmp_path, *split, data=longer(data, kind))
+    assert_same_steps(run(padded, monkeypatch, chunked=True), reference)
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"hidden_weight": 1.0}, {"bf16": True}], ids=str
+)
+def test_checkpointing_matches_and_autocast(options, tmp_path, monkeypatch):
+    runs = [run(trainer_of("llama", tmp_path, **options), monkeypatch, chunked=way) for way in (True, False)]
+    if "bf16" not in options:
+        assert_same_steps(*runs)
+        return
+    found, expected = (each.gradients[0] for each in runs)
+    assert float((found - expected).norm() / expected.norm()) < 2e-2
+
+
+def test_a_student_with_adapters_learns_from_its_own_base_and_from_a_teacher(tmp_path, monkeypatch):
+    for teacher in (None, pair("llama")[1]):
+        runs = []
+        for chunked in (True, False):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+            student = peft.get_peft_model(llama(), config)
+            runs.append(run(trainer_of("llama", tmp_path, models=(student, teacher)), monkeypatch, chunked=chunked))
+        assert_same_steps(*runs)
+
+
+def test_adapters_on_the_head_keep_the_logits_and_say_why_once(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_distill.chunked_terms.logger.warning", said.append)
+    student = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=2))
+    trainer = trainer_of("llama", tmp_path, 2, 1, models=(student, pair("llama")[1]))
+    trainer.train()
+    assert len(said) == 1
+    assert "the head of LlamaForCausalLM is a Linear, not a plain linear layer" in said[0]
+
+
+def test_an_auxiliary_loss_keeps_the_logits(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_distill.chunked_terms.logger.warning", said.append)
+    trainer = trainer_of("llama", tmp_path, 2, 1, models=(mixtral(), pair("llama")[1]))
+    trainer.train()
+    assert trainer._chunked.reason == "the student's own loss is more than the cross-entropy of its logits"
+    assert said == [f"Logits of tokens x vocabulary are formed: {trainer._chunked.reason}."]
+
+
+class _Largest(TorchDispatchMode):
+    """The most entries that a tensor with the vocabulary as its last dimension had."""
+
+    rows = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.dim() > 1 and leaf.shape[-1] == VOCABULARY:
+                self.rows = max(self.rows, leaf.numel() // VOCABULARY)
+        return result
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert-masked"])
+def test_no_tensor_of_tokens_by_vocabulary_is_made(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_distill.losses.chunked_head._SMALLEST_CHUNK", 4)
+    monkeypatch.setattr("hf_distill.losses.chunked_head._CPU_CHUNK_BYTES", 1)
+    trainer = trainer_of(name, tmp_path, 8, 1)
+    with _Largest() as largest:
+        trainer.train()
+    tokens = sum(row["labels"].numel() for row in rows(ZOO[name][1]))
+    assert 0 < largest.rows < tokens  # the most are the rows of a head's weight, transposed
+
+
+def test_the_student_is_left_without_hooks(tmp_path):
+    trainer = trainer_of("llama", tmp_path)
+    trainer.train()
+    for model in (trainer.model, trainer.teacher.model):
+        assert not model.lm_head._forward_hooks
+        assert not model.lm_head._forward_pre_hooks
