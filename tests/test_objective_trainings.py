@@ -46,17 +46,18 @@ def text_trainer(folder, tokenizer, make, texts=TEXTS, **options):
     )
 
 
-def logit_gradient(trainer):
-    """The gradient that arrives at the student's logits, (batch, length, vocabulary)."""
+def head_gradient(trainer):
+    """The gradient that arrives at what the student's head reads, (batch, length, width): linear in the logits'."""
     gradients = []
 
-    def keep(module, inputs, output):
-        output.logits.register_hook(lambda gradient: gradients.append(gradient.detach().clone()))
+    def keep(module, inputs):
+        if inputs[0].requires_grad:  # not in the forward that looks at the head before the training
+            inputs[0].register_hook(lambda gradient: gradients.append(gradient.detach().clone()))
 
-    handle = trainer.model.register_forward_hook(keep)
+    handle = trainer.model.get_output_embeddings().register_forward_pre_hook(keep)
     trainer.train()
     handle.remove()
-    return gradients[0]
+    return gradients[-1]
 
 
 @pytest.mark.parametrize(
@@ -71,7 +72,7 @@ def test_a_token_of_a_phrase_has_1_3_times_the_gradient_before_normalisation(
         text_trainer(tmp_path, tokenizer, make, kd_loss=kd_loss, **options)
         for options in ({}, {"item_weights": PHRASES})
     ]
-    plain, weighted = (logit_gradient(trainer) for trainer in runs)
+    plain, weighted = (head_gradient(trainer) for trainer in runs)
     tokens = [[*tokenizer(text)["input_ids"]] for text in TEXTS]
     covered = []
     for text, ids in zip(TEXTS, tokens, strict=True):
@@ -94,9 +95,9 @@ def test_phrases_that_are_nowhere_warn_once_and_change_nothing(tmp_path):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer = text_trainer(tmp_path, byte_bpe(), tiny.llama, item_weights=weights)
-        weighted = logit_gradient(trainer)
+        weighted = head_gradient(trainer)
     assert sum("holds any of the phrases" in str(warning.message) for warning in caught) == 1
-    torch.testing.assert_close(weighted, logit_gradient(text_trainer(tmp_path, byte_bpe(), tiny.llama)))
+    torch.testing.assert_close(weighted, head_gradient(text_trainer(tmp_path, byte_bpe(), tiny.llama)))
 
 
 def test_chinese_phrases_weigh_their_characters(tmp_path):
@@ -104,7 +105,7 @@ def test_chinese_phrases_weigh_their_characters(tmp_path):
     texts = [CORPUS[2], CORPUS[2]]
     make = lambda **config: tiny.bert("MaskedLM", **config)  # noqa: E731
     plain, weighted = (
-        logit_gradient(text_trainer(tmp_path, wordpiece(), make, texts, **options))
+        head_gradient(text_trainer(tmp_path, wordpiece(), make, texts, **options))
         for options in ({}, {"item_weights": weights})
     )
     ratio = (weighted.norm(dim=-1) / plain.norm(dim=-1))[0]
