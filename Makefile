@@ -14,7 +14,7 @@ $(STAMP): pyproject.toml constraints.txt
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt "$(TORCH)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,hpo,docs]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,lint,hpo,quantised,docs]'
 	touch $@
 
 demo: $(STAMP)  ## train a teacher and its students on the bundled data, and compare them

@@ -21,6 +21,8 @@ _EXPORTS = {
     "run_stages": "stages",
     "build_student": "models.student",
     "trim_vocabulary": "models.student",
+    "generate_answers": "generation.answers",
+    "tokenize_for_teacher": "token_alignment",
     "weigh_phrases": "phrases",
 }
 
@@ -36,9 +38,11 @@ __all__ = [
     "build_student",
     "compute_metrics_for",
     "forward_kl",
+    "generate_answers",
     "load_metric",
     "logit_mse",
     "run_stages",
+    "tokenize_for_teacher",
     "trim_vocabulary",
     "weigh_phrases",
 ]
@@ -47,11 +51,13 @@ if TYPE_CHECKING:
     from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
     from hf_distill.collator import DistillationCollator
     from hf_distill.config import DistillationConfig
+    from hf_distill.generation.answers import generate_answers
     from hf_distill.losses import binary_forward_kl, forward_kl, logit_mse
     from hf_distill.metrics import compute_metrics_for, load_metric
     from hf_distill.models.student import build_student, trim_vocabulary
     from hf_distill.phrases import weigh_phrases
     from hf_distill.stages import Stage, run_stages
+    from hf_distill.token_alignment import tokenize_for_teacher
     from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
 
 

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from hf_distill.items import ROW_MASK, batch_size, device_of
+from hf_distill.items import ROW_LENGTHS, ROW_MASK, batch_size, device_of
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,29 @@ def with_item_weights(counts: Tensor, total: Tensor) -> Tensor:
 def mark_repeated_rows(inputs: Mapping[str, Any], accelerator: Accelerator) -> dict[str, Any]:
     """The batch, with a `ROW_MASK` if it is a data loader's last and repeats rows so that the ranks come out even.
 
-    The rows are those that `Accelerator.gather_for_metrics` would drop. Call it right after the batch was fetched.
+    The rows are those that `Accelerator.gather_for_metrics` would drop. Call it right after the batch was fetched. Of
+    one row made of all (`ROW_LENGTHS`) the part of the repeated ones is cut off.
     """
     state = accelerator.gradient_state
     if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
         return dict(inputs)
+    if ROW_LENGTHS in inputs:
+        return _without_repeated(inputs, kept=state.remainder, accelerator=accelerator)
     rows = batch_size(inputs)
     first = rows * accelerator.process_index
     return {**inputs, ROW_MASK: torch.arange(first, first + rows, device=device_of(inputs)) < state.remainder}
+
+
+def _without_repeated(inputs: Mapping[str, Any], *, kept: int, accelerator: Accelerator) -> dict[str, Any]:
+    lengths = inputs[ROW_LENGTHS]
+    mine = kept - len(lengths) * accelerator.process_index
+    if mine <= 0:  # a batch is never empty
+        return {**inputs, ROW_MASK: torch.zeros(1, dtype=torch.bool, device=device_of(inputs))}
+    tokens = (1, sum(lengths))
+    return {
+        name: value[:, : sum(lengths[:mine])] if isinstance(value, Tensor) and value.shape == tokens else value
+        for name, value in inputs.items()
+    }
 
 
 class TermMeter:

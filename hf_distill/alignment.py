@@ -1,6 +1,7 @@
 """How a teacher's classes line up with a student's: labels by name, vocabularies by token. Pure functions."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -30,14 +31,63 @@ def label_order(student_id2label: Mapping[int, str], teacher_id2label: Mapping[i
     return None if order == tuple(range(len(order))) else order
 
 
-def shared_vocabulary(
+@dataclass(frozen=True)
+class VocabularyOverlap:
+    """What of two vocabularies is compared, and what only one of them has.
+
+    Attributes:
+        student_size: rows of the student's head.
+        teacher_size: rows of the teacher's head.
+        classes: how many classes are compared: the leading rows of both heads, or pairs of tokens that spell the same.
+        student_only: the tokens that the student's tokenizer alone has, by their ids.
+        teacher_only: likewise the teacher's.
+        by_text: whether the classes are pairs of tokens that spell the same.
+    """
+
+    student_size: int
+    teacher_size: int
+    classes: int
+    student_only: tuple[str, ...] = ()
+    teacher_only: tuple[str, ...] = ()
+    by_text: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all rows of both heads are compared."""
+        return self.student_size == self.teacher_size == self.classes
+
+    def padding(self, side: str) -> int:
+        """How many rows of a side ("student" or "teacher") are left out and are no token either."""
+        size, only = (getattr(self, f"{side}_{what}") for what in ("size", "only"))
+        return max(0, size - self.classes - len(only))
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.padding(side)} rows of the {side}'s that are no token"
+            for side in ("student", "teacher")
+            if self.padding(side)
+        ]
+        for side, tokens in (("student", self.student_only), ("teacher", self.teacher_only)):
+            if tokens:
+                parts.append(f"{len(tokens)} tokens that only the {side} has ({_some(tokens)})")
+        what = "tokens that spell the same" if self.by_text else "leading classes"
+        return (
+            f"The student's head has {self.student_size} classes, the teacher's {self.teacher_size}: {self.classes} "
+            f"{what} are compared. Left out: {'; '.join(parts) or 'nothing'}."
+        )
+
+
+def vocabulary_overlap(
     student_size: int,
     teacher_size: int,
     *,
     student_tokens: Mapping[str, int] | None = None,
     teacher_tokens: Mapping[str, int] | None = None,
-) -> int:
-    """How many leading rows of the two vocabularies mean the same tokens.
+) -> VocabularyOverlap:
+    """How many leading rows of the two vocabularies mean the same tokens, and what the others are.
+
+    Heads of one size whose tokens agree, as far as they are known, are compared whole: rows of padding that both have
+    say the same. Else only the ids that both tokenizers name are compared; the others get no probability.
 
     Args:
         student_size: rows of the student's head. Heads are often padded beyond the tokenizer, differently per model
@@ -47,25 +97,40 @@ def shared_vocabulary(
         teacher_tokens: token -> id of the teacher's tokenizer, if known.
 
     Raises:
-        ValueError: a token has another id, or is missing, on one side; or the sizes differ and the tokenizers do not
-            show that only padding rows do.
+        ValueError: a token has another id; both sides have tokens of their own; tokens of one side stand among the
+            shared ids; the teacher has no row for a token of the student's; or the sizes differ and the tokenizers
+            do not show that only padding rows do.
     """
-    shared = min(student_size, teacher_size)
-    if student_tokens is not None and teacher_tokens is not None and student_tokens != teacher_tokens:
+    rows = min(student_size, teacher_size)
+    if student_tokens is None or teacher_tokens is None:
+        if student_size != teacher_size:
+            side = "student" if student_tokens is None else "teacher"
+            raise ValueError(_unexplained_sizes(student_size, teacher_size, f"the {side}'s tokenizer is not known"))
+        return VocabularyOverlap(student_size, teacher_size, rows)
+    if student_tokens == teacher_tokens and student_size == teacher_size:
+        return VocabularyOverlap(student_size, teacher_size, rows)
+    if not is_extension(student_tokens, teacher_tokens):
         raise ValueError(_vocabulary_difference(student_tokens, teacher_tokens))
-    if student_size == teacher_size:
-        return shared
-    tokens = {"student": student_tokens, "teacher": teacher_tokens}
-    unknown = [side for side, table in tokens.items() if table is None]
-    used = max((max(table.values(), default=-1) for table in tokens.values() if table is not None), default=-1)
-    if unknown or used >= shared:
-        known = f"the {unknown[0]}'s tokenizer is not known" if unknown else f"the tokenizers use ids up to {used}"
+    shared = 1 + max((number for _, number in student_tokens.items() & teacher_tokens.items()), default=-1)
+    if shared > rows:
+        used = f"the tokenizers use ids up to {shared - 1}"
+        raise ValueError(_unexplained_sizes(student_size, teacher_size, used))
+    student_only = _only(student_tokens, teacher_tokens)
+    teacher_only = _only(teacher_tokens, student_tokens)
+    among = {token: number for token, number in (student_only | teacher_only).items() if number < shared}
+    if among:
         raise ValueError(
-            f"The student's head has {student_size} classes, the teacher's {teacher_size}, and {known}: so rows "
-            f"beyond {shared} may be tokens and not padding. Pass processing_class and teacher_processing_class "
-            "(the same tokenizer twice, if it is one), or use a teacher with the student's tokenizer."
+            f"Only one of the tokenizers has {_some(among)} (ids {', '.join(map(str, [*among.values()][:8]))}), which "
+            f"stand among the {shared} ids that both use. Add the same tokens to the other tokenizer."
         )
-    return shared
+    unread = [token for token, number in student_only.items() if teacher_size <= number < student_size]
+    if unread:
+        raise ValueError(
+            f"The student's tokenizer has {_some(unread)}, for which the teacher's {teacher_size} rows have none: it "
+            f"could not read them. Call teacher.resize_token_embeddings({student_size}) on the loaded teacher; what "
+            "the new rows predict is not compared."
+        )
+    return VocabularyOverlap(student_size, teacher_size, shared, (*student_only,), (*teacher_only,))
 
 
 def is_extension(student_tokens: Mapping[str, int], teacher_tokens: Mapping[str, int]) -> bool:
@@ -87,8 +152,22 @@ def _is_default(names: list[str]) -> bool:
     return names == [f"label_{i}" for i in range(len(names))]
 
 
-def _some(names: set[str], limit: int = 8) -> str:
-    listed = sorted(names)
+def _only(tokens: Mapping[str, int], others: Mapping[str, int]) -> dict[str, int]:
+    """The tokens that the others do not have, by their ids."""
+    return {token: tokens[token] for token in sorted(tokens.keys() - others.keys(), key=tokens.__getitem__)}
+
+
+def _unexplained_sizes(student_size: int, teacher_size: int, known: str) -> str:
+    return (
+        f"The student's head has {student_size} classes, the teacher's {teacher_size}, and {known}: so rows beyond "
+        f"{min(student_size, teacher_size)} may be tokens and not padding. Pass processing_class and "
+        "teacher_processing_class (the same tokenizer twice, if it is one), or use a teacher with the student's "
+        "tokenizer."
+    )
+
+
+def _some(names: Collection[str], limit: int = 8) -> str:
+    listed = sorted(names) if isinstance(names, set) else [*names]
     return (", ".join(listed[:limit]) + (f" and {len(listed) - limit} more" if len(listed) > limit else "")) or "none"
 
 
@@ -103,5 +182,7 @@ def _vocabulary_difference(student: Mapping[str, int], teacher: Mapping[str, int
         f"only the student has {_some({*student} - {*teacher})}; "
         f"only the teacher has {_some({*teacher} - {*student})}; "
         f"{len(moved)} shared tokens have another id{' (' + '; '.join(moved[:4]) + ')' if moved else ''}. "
-        "Logits can only be compared token by token: use a teacher with the student's tokenizer."
+        "Logits can only be compared token by token: use a teacher with the student's tokenizer. Between causal "
+        "language models there is also token_alignment='offsets' on columns made by tokenize_for_teacher: kd_loss="
+        "'uld' then compares sorted probabilities, any other divergence the tokens that spell the same."
     )

@@ -10,9 +10,11 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.config import DistillationConfig, default_config, flat_values, read_map, with_flat_values, write_map
 from hf_distill.config.checks import check_choice
+from hf_distill.on_policy_arguments import OnPolicyArguments
 from hf_distill.presets import load_preset
 from hf_distill.schedules import Schedule
 from hf_distill.temperature import TemperaturePolicy, write_temperature
+from hf_distill.text.arguments import TextArguments
 from hf_distill.weighting import read_item_weights, write_item_weights
 
 _SOURCES = ("preset", "distillation_config")
@@ -33,6 +35,7 @@ FLAT_FIELDS = (
     "logit_transform",
     "teacher_scale",
     "item_weights",
+    "token_alignment",
     "weight_schedules",
     "loss_balance",
 )
@@ -45,6 +48,7 @@ _OF_THE_LOGITS = (
     "logit_transform",
     "teacher_scale",
     "item_weights",
+    "token_alignment",
 )
 
 
@@ -54,7 +58,7 @@ def _unless_given(help_text: str) -> Any:
 
 
 @dataclass
-class DistillationTrainingArguments(TrainingArguments):
+class DistillationTrainingArguments(OnPolicyArguments, TextArguments, TrainingArguments):
     """`TrainingArguments` plus what a distillation needs; every field is also a command-line option.
 
     `preset` or `distillation_config` say what is minimised, and the flat fields change it; without either, the flat
@@ -69,6 +73,7 @@ class DistillationTrainingArguments(TrainingArguments):
         *TrainingArguments._VALID_DICT_FIELDS,
         "teacher_model_init_kwargs",
         "model_init_kwargs",
+        "generation_kwargs",
         "distillation_config",
         "layer_mapping",
         "temperature",
@@ -143,6 +148,14 @@ class DistillationTrainingArguments(TrainingArguments):
             'such as \'[{"by": "phrases", "file": "terms.txt", "boost": 0.3}]\'.'
         },
     )
+    token_alignment: str | None = field(
+        default=None,
+        metadata={
+            "help": "offsets compares causal language models with other tokenizers where both have read the same text "
+            "(columns of hf_distill.token_alignment.tokenize_for_teacher): kd_loss uld by sorted probabilities, the "
+            "others over the tokens that spell the same. none: both read the same tokens."
+        },
+    )
     weight_schedules: dict[str, Any] | str | None = field(
         default=None,
         metadata={
@@ -212,8 +225,11 @@ class DistillationTrainingArguments(TrainingArguments):
             self.teacher_scale = self.teacher_scale.to_plain()
         if self.item_weights is not None:
             self.item_weights = write_item_weights(read_item_weights(self.item_weights))
-        _ = self.distillation
+        terms = self.distillation
         self._check_readers()
+        self.check_text()
+        asks_teacher = terms.logits.weight > 0 or any(match.asks_teacher for match in terms.matches)
+        self.check_on_policy(asks_teacher=asks_teacher, task_weight=terms.task.weight)
 
     def _read_json(self) -> None:
         """Takes JSON and numbers out of the texts that a command line gives."""

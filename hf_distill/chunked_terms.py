@@ -1,27 +1,33 @@
 """Task and logit term of a language model without its logits: formed inside its forward, from what its head reads."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional as F
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.utils import logging
 
-from hf_distill.accounting import StepCounts, divisor
 from hf_distill.batches import Batch
+from hf_distill.config import LogitTerm
+from hf_distill.items import IGNORE_INDEX
 from hf_distill.losses.base import LOSSES
-from hf_distill.losses.chunked_head import chunked_head_loss
+from hf_distill.losses.chunked_head import HeadTerms, chunked_head_loss
 from hf_distill.losses.head_rows import Divergence
+from hf_distill.losses.sparse_head import sparse_head_loss
+from hf_distill.losses.transforms import standardize
 from hf_distill.models.heads import task_model
 from hf_distill.models.lm_head import WINDOW, HeadTap
 from hf_distill.progress import ActiveTerms
-from hf_distill.signals import LogitFactors, Task
+from hf_distill.signals import LogitFactors, SparseLogits, Task
 from hf_distill.targets import next_tokens
-from hf_distill.teachers import FactoredTeacher, Teacher, in_eval_mode
-from hf_distill.temperature import TemperaturePolicy
+from hf_distill.teachers import FactoredTeacher, SparseTeacher, Teacher, in_eval_mode
+from hf_distill.temperature import AdaptiveTemperature, TemperaturePolicy
 
 # Two ways to sum one cross-entropy agree better; a head that adds anything to it is further off.
 _TOLERANCE = 2e-5
@@ -60,14 +66,14 @@ class ChunkedTerms:
     def __init__(self) -> None:
         self._tap: HeadTap | None = None
         self._is_cross_entropy: bool | None = None
-        self._in_training, self._reported = False, False
+        self._is_attached, self._reported = False, False
         self._kept: KeptPlaces | None = None
 
     @property
     def reason(self) -> str | None:
         """Why the logits are formed; None while they are not, or nothing is known yet."""
         if self._tap is None:
-            return "the student is not in a training"
+            return "no hooks hang on the student's head"
         if self._is_cross_entropy is False:
             return "the student's own loss is more than the cross-entropy of its logits"
         return self._tap.reason
@@ -78,29 +84,44 @@ class ChunkedTerms:
             self.detach()
             self._tap, self._is_cross_entropy, self._reported = HeadTap(student), None, False
         self._tap.attach()
-        self._in_training = True
+        self._is_attached = True
 
     def detach(self) -> None:
         """Takes the hooks off."""
-        self._in_training = False
+        self._is_attached = False
         if self._tap is not None:
             self._tap.detach()
+
+    @contextmanager
+    def attached(self, student: nn.Module) -> Iterator[None]:
+        """Around an evaluation: what hangs no hooks outside a training has them for that long."""
+        was_attached = self._is_attached
+        if not was_attached:
+            self.attach(student)
+        try:
+            yield
+        finally:
+            if not was_attached:
+                self.detach()
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the next forward, and not a later one, is to form the terms."""
+        return self._kept is not None
 
     def suit(self, task: Task, terms: ActiveTerms, batch: Batch, teacher: Teacher | None) -> bool:
         """Whether these terms of this batch can be formed so, as far as the models do not forbid it."""
         term = terms.logits
-        # Outside a training nothing is attached, and logits are formed.
-        if not self._in_training or not task.is_language_model or task is Task.CTC or term.weight == 0:
+        # Outside trainings and evaluations nothing is attached, and logits are formed.
+        if not self._is_attached or not task.is_language_model or task is Task.CTC or term.weight == 0:
             return False
         spec = LOSSES.get(term.loss)
         return (
-            isinstance(teacher, FactoredTeacher)
+            isinstance(teacher, FactoredTeacher | SparseTeacher)
             and spec.feature == "logits"
-            and not spec.compares_rows
-            and term.transform == "none"
-            and term.teacher_scale == 1
-            and term.temperature_squared
-            and not isinstance(term.temperature, TemperaturePolicy)
+            and not (spec.compares_rows or spec.any_classes)
+            and term.token_alignment == "none"
+            and (not isinstance(term.temperature, TemperaturePolicy) or _is_of_one_item(term.temperature))
             and (terms.task.weight == 0 or bool(batch.labels))
         )
 
@@ -125,6 +146,8 @@ class ChunkedTerms:
             mask: (batch, length) bool, the items of either term; they are counted from here on.
         """
         assert self._tap is not None
+        if self.reason is None:
+            self._tap.reason = _untried_sharding(student)
         if self.reason is None and not self._tap.verified:
             with in_eval_mode(student), torch.no_grad():
                 self._tap.verify(student, arguments)
@@ -134,7 +157,7 @@ class ChunkedTerms:
             with in_eval_mode(student), torch.no_grad():
                 self._is_cross_entropy = self._own_loss_is_plain(student, arguments, task)
         reason = self.reason
-        if reason is None and not teacher.gives_factors:
+        if reason is None and not isinstance(teacher, SparseTeacher) and not teacher.gives_factors:
             reason = "the teacher's logits cannot be taken apart"
         if reason is not None and not self._reported:
             self._reported = True
@@ -150,8 +173,15 @@ class ChunkedTerms:
         rows, length = self._tap.shape
         # Labels of our own: those of the batch may all lie elsewhere, and all ranks must run as many forwards.
         labels = torch.arange(rows * length, device=device).view(rows, length)[:, WINDOW] % config.vocab_size
-        with self._tap.open(lambda factors: None, window=WINDOW):
-            outputs = student(**arguments, labels=labels)
+        seen: list[Any] = []
+        # In front of what FSDP2 does to outputs in mixed precision: it rounds the loss too.
+        hook = task_model(student).register_forward_hook(lambda *given: seen.append(given[-1]), prepend=True)
+        try:
+            with self._tap.open(lambda factors: None, window=WINDOW):
+                student(**arguments, labels=labels)
+        finally:
+            hook.remove()
+        (outputs,) = seen
         if outputs.get("aux_loss") is not None:
             return False
         logits = outputs["logits"].float()
@@ -163,68 +193,100 @@ class ChunkedTerms:
     @contextmanager
     def forming(
         self,
-        teacher: LogitFactors,
+        teacher: LogitFactors | SparseLogits,
         batch: Batch,
-        counts: StepCounts,
-        terms: ActiveTerms,
-        weights: Mapping[str, Any],
+        term: LogitTerm,
         *,
         task: Task,
-        item_weights: Tensor | None,
+        task_weights: Tensor,
+        kd_weights: Tensor,
         classes: int | None,
+        agreement: bool = False,
     ) -> Iterator[None]:
-        """Around the student's forward: `take` then gives the weighted loss and the shares of the two terms.
+        """Around the student's forward: `take` then gives what it formed.
 
         Args:
-            teacher: what the teacher's logits are made of.
+            teacher: what the teacher's logits are made of, or its most likely classes.
             batch: the batch.
-            counts: the divisors.
-            terms: the terms, `suit`able ones.
-            weights: of the terms `task` and `kd`: numbers, or scalars without a graph.
+            term: the logit term now, of `suit`able terms.
             task: what both heads predict.
-            item_weights: of the KD items, in their shape; None weighs all alike.
+            task_weights: (batch, length) of each cross-entropy.
+            kd_weights: (batch, length) of each comparison.
             classes: how many leading classes both share, or None for all.
+            agreement: whether to say where both choose the same class.
         """
         assert self._tap is not None
-        (mask,) = batch.items.task
-        task_share = mask / divisor(counts.task[0])
-        kept = batch.items.kd if item_weights is None else torch.where(batch.items.kd, item_weights, 0.0)
-        kd_share = kept / divisor(counts.kd)
-        targets = next_tokens(batch, task) if batch.labels else torch.zeros_like(mask, dtype=torch.int64)
-        bias = None if teacher.bias is None else teacher.bias[:classes]
-        teacher = replace(teacher, weight=teacher.weight[:classes], bias=bias)
+        none = torch.full_like(batch.items.kd, IGNORE_INDEX, dtype=torch.int64)
+        targets = next_tokens(batch, task) if batch.labels else none
         found, self._kept = self._kept, None
-        with_task = isinstance(weights["task"], Tensor) or weights["task"] > 0
+        formed: Callable[..., HeadTerms]
+        if isinstance(teacher, SparseLogits):
+            formed = partial(sparse_head_loss, classes=classes)
+        else:
+            bias = None if teacher.bias is None else teacher.bias[:classes]
+            teacher = replace(teacher, weight=teacher.weight[:classes], bias=bias)
+            formed = partial(chunked_head_loss, temperature=_temperature_of(term))
 
-        temperature: Any = terms.logits.temperature  # a number by now
-
-        def run(student: LogitFactors) -> tuple[Tensor, Tensor | None, Tensor]:
-            loss, cross_entropy, value = chunked_head_loss(
+        def run(student: LogitFactors) -> HeadTerms:
+            return formed(
                 student,
                 teacher,
                 targets,
-                task_weights=weights["task"] * task_share,
-                kd_weights=weights["kd"] * kd_share,
-                temperature=temperature,
-                divergence=Divergence(LOSSES.get(terms.logits.loss), terms.logits.options),
+                task_weights=task_weights,
+                kd_weights=kd_weights,
+                divergence=_divergence_of(term),
+                agreement=agreement,
                 kept=None if found is None else found.places(),
             )
-            return loss, (cross_entropy * task_share).sum() if with_task else None, (value * kd_share).sum()
 
         with self._tap.open(run):
             yield
 
-    def take(self) -> tuple[Tensor, Tensor | None, Tensor]:
-        """What the last forward formed: the weighted loss with the graph, and the shares of both terms.
+    def take(self, *, training: bool = True) -> HeadTerms | None:
+        """What the last forward formed; None where an evaluation's forward did not run the head so.
 
         Raises:
-            RuntimeError: the forward took another way to its logits than the one that was looked at.
+            RuntimeError: a training's forward took another way to its logits than the one that was looked at.
         """
         assert self._tap is not None
-        result = self._tap.take()
-        if result is None:
+        result: HeadTerms | None = self._tap.take()
+        if result is None and training:
             raise RuntimeError(
                 "The student's forward in training did not run its head on (batch, length, width), though it did in "
                 "evaluation mode. Call the head by its forward in both modes."
             )
         return result
+
+
+def _untried_sharding(student: nn.Module) -> str | None:
+    """Why the weights of the head may not be gathered when what is formed with them needs it; FSDP2 is tried."""
+    if is_deepspeed_zero3_enabled():  # takes weights back after the forward, and gradients as modules' backwards end
+        return "DeepSpeed ZeRO-3 takes the head's weights away between its forward and its gradient"
+    if isinstance(student, FullyShardedDataParallel):
+        return "FSDP 1 holds the head's weights in a flat parameter (set version 2 in fsdp_config)"
+    return None
+
+
+def _is_of_one_item(policy: TemperaturePolicy) -> bool:
+    """Whether an item's temperature is made of that item alone, without parameters."""
+    return isinstance(policy, AdaptiveTemperature)
+
+
+def _temperature_of(term: LogitTerm) -> Any:
+    """As `chunked_head_loss` takes it."""
+    policy = term.temperature
+    if not isinstance(policy, TemperaturePolicy):
+        return policy
+    binary = LOSSES.get(term.loss).compares == "labels"
+    return lambda student, teacher: policy(0.0, student, teacher, binary=binary)
+
+
+def _divergence_of(term: LogitTerm) -> Divergence:
+    scale: Any = term.teacher_scale  # a number by now
+    return Divergence(
+        LOSSES.get(term.loss),
+        term.options,
+        transform=standardize if term.transform == "standardize" else None,
+        teacher_scale=scale,
+        temperature_squared=term.temperature_squared,
+    )

@@ -12,6 +12,8 @@ from hf_distill.row_weights import RowWeights
 from hf_distill.signals import Task
 
 TEACHER_PREFIX = "teacher_"
+# (batch, length) int64: for each of the student's tokens the teacher's position that has read the same text, or -1.
+TEACHER_POSITIONS = f"{TEACHER_PREFIX}positions"
 LABEL_COLUMNS = ("label", "labels", "label_ids")
 SPAN_COLUMNS = ("start_positions", "end_positions")
 
@@ -102,8 +104,11 @@ class DistillationCollator:
             batch[LABEL_MASK] = torch.tensor(labelled)
         if self.row_weights is not None:
             batch.update(self.row_weights(weighed, batch))
+        positions = [row.pop("positions") for row in teachers if "positions" in row]
         if teachers[0]:
             batch.update({f"{TEACHER_PREFIX}{name}": value for name, value in self._pad_teachers(teachers).items()})
+        if positions:
+            batch[TEACHER_POSITIONS] = _pad_positions(positions, batch, teachers)
         return batch
 
     def _pad_teachers(self, rows: list[dict[str, Any]]) -> Mapping[str, Any]:
@@ -150,6 +155,38 @@ class DistillationCollator:
         if not isinstance(self.filler, int) or not is_scalar_float or not float(label).is_integer():
             return label
         return label.long() if isinstance(label, torch.Tensor) else int(label)
+
+
+def _pad_positions(positions: list[Any], batch: Mapping[str, Any], teachers: list[dict[str, Any]]) -> torch.Tensor:
+    """(batch, length) the teacher's positions beside the padded tokens of both models."""
+    tokens = batch["input_ids"]
+    if len(tokens) != len(positions):
+        raise ValueError(
+            f"The collator makes {len(tokens)} rows of {len(positions)}, whose {TEACHER_POSITIONS} it does not join. "
+            "With token_alignment='offsets' turn packing and padding_free off."
+        )
+    padded = torch.full(tokens.shape, -1, dtype=torch.int64)
+    for number, (row, teacher) in enumerate(zip(positions, teachers, strict=True)):
+        values, teacher_length = torch.as_tensor(row, dtype=torch.int64), len(teacher.get("input_ids", ()))
+        if len(values) > tokens.shape[-1] or (values >= teacher_length).any():
+            raise ValueError(
+                f"{TEACHER_POSITIONS} has {len(values)} places up to {int(values.max())}, beside {tokens.shape[-1]} "
+                f"tokens of the student and {teacher_length} of the teacher. Cut texts by tokenize_for_teacher alone "
+                "(max_length, teacher_max_length): its columns belong together."
+            )
+        start, teacher_start = (
+            _padding_before(batch, prefix, number, length)
+            for prefix, length in (("", len(values)), (TEACHER_PREFIX, teacher_length))
+        )
+        padded[number, start : start + len(values)] = torch.where(values < 0, values, values + teacher_start)
+    return padded
+
+
+def _padding_before(batch: Mapping[str, Any], prefix: str, number: int, length: int) -> int:
+    """How many places of padding precede a row of that many tokens."""
+    mask = batch.get(f"{prefix}attention_mask")
+    width = batch[f"{prefix}input_ids"].shape[-1]
+    return width - length if mask is not None and width > length and not mask[number, : width - length].any() else 0
 
 
 def _like(label: Any, filler: Any) -> Any:

@@ -1,22 +1,31 @@
 """Evaluation that is exact over batches and ranks, with the teacher's view beside the labels'."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
 
-from hf_distill.accounting import TermMeter, mark_repeated_rows
+from hf_distill.accounting import StepCounts, TermMeter, divisor, mark_repeated_rows
 from hf_distill.arguments import FLAT_FIELDS
 from hf_distill.batches import TARGETS, Batch, student_inputs
+from hf_distill.chunked_terms import ChunkedTerms
 from hf_distill.item_weights import ItemWeights
+from hf_distill.losses.base import masked_sum
+from hf_distill.losses.chunked_head import HeadTerms
 from hf_distill.matching.plan import batch_columns
 from hf_distill.models.heads import input_names
+from hf_distill.objective import LogitObjective, agreement_sum
 from hf_distill.pairing import ModelPair
+from hf_distill.progress import ActiveTerms, evaluation_term
+from hf_distill.signals import Task, TeacherOutput
+from hf_distill.task_loss import is_sum, item_losses, span_sums
 from hf_distill.teachers import Teacher
+from hf_distill.weighting import ITEM_GROUP
 
 if TYPE_CHECKING:  # the mixins call and override what a trainer class beside them has
     from transformers import Trainer as TrainerBase
@@ -45,6 +54,15 @@ class EvaluationMixin(TrainerBase):
     teacher: Teacher | None
     split: Callable[[Mapping[str, Any]], Batch]
     _item_weights: ItemWeights | None
+    _chunked: ChunkedTerms
+    _chunked_values: Callable[..., tuple[HeadTerms | None, Any]]
+    _is_from_head: Callable[[TeacherOutput | None], bool]
+    _aligned: Callable[..., list[tuple[Tensor, Tensor]]]
+    _objective: Callable[..., LogitObjective]
+    _problem_type: Callable[[Batch], str]
+    _student_config: Any
+    _student_arguments: Callable[..., dict[str, Any]]
+    _task_loss: Callable[[Any, Batch, StepCounts], Tensor]
 
     @property
     def _extra_columns(self) -> frozenset[str]:
@@ -88,7 +106,10 @@ class EvaluationMixin(TrainerBase):
         # Text can be generated where there is no target for a loss, and nothing for a decoder to read.
         if not generates or {"labels", "decoder_input_ids"} & {*student}:
             with torch.no_grad(), self.compute_loss_context_manager():
-                loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
+                # Without them a language model's logits need not be formed.
+                with_outputs = not prediction_loss_only
+                result: Any = self.compute_loss(model, inputs, return_outputs=with_outputs)
+                loss, outputs = result if with_outputs else (result, {})
         if generates:
             return super().prediction_step(model, student, prediction_loss_only, ignore_keys, **gen_kwargs)
         loss = None if loss is None else loss.detach()
@@ -116,9 +137,11 @@ class EvaluationMixin(TrainerBase):
     ) -> EvalLoopOutput:
         """`Trainer`'s loop; the exact sums replace its loss and add the teacher's metrics."""
         self._eval_meter = TermMeter()
-        output = super().evaluation_loop(
-            dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
-        )
+        student: Any = self.model
+        with self._chunked.attached(student):
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
         totals = self._eval_meter.totals(self.accelerator)
         metrics = {} if output.metrics is None else output.metrics
         # Question answering has two targets, the start and the end, and its loss is the mean of their means.
@@ -134,6 +157,76 @@ class EvaluationMixin(TrainerBase):
             if totals.get(f"group_items_{name}"):
                 metrics[f"{metric_key_prefix}_loss_{name}"] = totals[f"group_{name}"] / totals[f"group_items_{name}"]
         return output._replace(metrics=metrics)
+
+    def _evaluation_terms(self, batch: Batch) -> ActiveTerms:
+        """The terms as evaluations measure them."""
+        args: Any = self.args
+        config = args.distillation
+        task = replace(config.task, weight=float(batch.has_targets), weight_schedule=None)
+        return ActiveTerms(task, evaluation_term(config))
+
+    def _evaluation_loss(
+        self, model: nn.Module, batch: Batch, terms: ActiveTerms, teacher_output: TeacherOutput | None
+    ) -> tuple[Tensor | None, Any]:
+        """The task loss of a batch, with the sums of all metrics in the meter."""
+        counts, kind = StepCounts.of_batch(batch.items.counts()), self._problem_type(batch)
+        if teacher_output is not None and self._is_from_head(teacher_output):
+            found, outputs = self._chunked_values(model, batch, terms, teacher_output)
+            if found is not None:
+                return self._add_values(found, batch, counts), outputs
+            teacher_output = teacher_output.formed()
+        outputs = model(**self._student_arguments(batch, own_loss=bool(batch.labels)))
+        task = self._task_loss(outputs, batch, counts) if batch.labels else None
+        if task is not None:
+            self._add_task_loss(task, outputs, batch, counts)
+            if self._has_groups(batch):
+                config = self._student_config
+                losses = item_losses(outputs, batch, task=self._pair.task, problem_type=kind, config=config)
+                self._add_group_losses(losses, batch)
+        if pairs := self._aligned(outputs, teacher_output, batch):
+            objective = self._objective(terms.logits, batch, 1.0, {})
+            self._eval_meter.add("kd", objective.total(objective.signals(pairs, batch), batch))
+            self._eval_meter.add("kd_items", counts.kd)
+            choices = self._pair.choices(pairs, any_classes=objective.spec.any_classes)
+            agreement = agreement_sum(choices, batch, task=self._pair.task, problem_type=kind)
+            if agreement is not None:
+                self._eval_meter.add("agreement", agreement)
+        return task, outputs
+
+    def _add_values(self, found: HeadTerms, batch: Batch, counts: StepCounts) -> Tensor | None:
+        """Takes down what was formed without logits; returns the task loss, the mean."""
+        assert found.agreement is not None
+        self._eval_meter.add("kd", found.divergence.sum())
+        self._eval_meter.add("kd_items", counts.kd)
+        self._eval_meter.add("agreement", masked_sum(found.agreement.float(), batch.items.kd))
+        if not batch.labels:
+            return None
+        total = found.cross_entropy.sum()
+        self._eval_meter.add("task_0", total)
+        self._eval_meter.add("task_items_0", counts.task[0])
+        if self._has_groups(batch):
+            self._add_group_losses([(found.cross_entropy, batch.items.task[0])], batch)
+        return total / divisor(counts.task[0])
+
+    def _add_task_loss(self, mean: Tensor, outputs: Any, batch: Batch, counts: StepCounts) -> None:
+        sums = [mean if is_sum(self._pair.task, self._student_config) else mean * counts.task[0]]
+        if self._pair.task is Task.QUESTION_ANSWERING and self.compute_loss_func is None:
+            sums = [*span_sums(outputs, batch)]
+        for side, total in enumerate(sums):
+            self._eval_meter.add(f"task_{side}", total)
+            self._eval_meter.add(f"task_items_{side}", counts.task[side])
+
+    def _has_groups(self, batch: Batch) -> bool:
+        return self._item_weights is not None and ITEM_GROUP in batch.extras
+
+    def _add_group_losses(self, losses: Iterable[tuple[Tensor, Tensor]], batch: Batch) -> None:
+        """The sums of the task loss in each group of rows, where weights follow them."""
+        assert self._item_weights is not None
+        for values, mask in losses:
+            groups = self._item_weights.groups(batch, mask)
+            for number, name in enumerate(self._item_weights.group_names.values()):
+                self._eval_meter.add(f"group_{name}", masked_sum(values, mask & (groups == number)))
+                self._eval_meter.add(f"group_items_{name}", (mask & (groups == number)).sum())
 
     def _hp_search_setup(self, trial: Any) -> None:
         # `Trainer` casts what a trial tries to the type of what was there: 3.8 becomes 3 beside temperature=4.

@@ -40,8 +40,9 @@ class FusedTerms:
             and task in (Task.CAUSAL_LM, Task.MASKED_LM, Task.SEQ2SEQ_LM)
             and terms.task.weight > 0
             and terms.logits.weight > 0
+            and batch.teacher_positions is None
             and _is_plain_kl(terms.logits)
-            and bool(batch.labels)
+            and (batch.has_targets or (self.accepted is True and batch.is_on_policy))
         )
 
     def __call__(

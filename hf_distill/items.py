@@ -14,6 +14,8 @@ IGNORE_INDEX = -100
 LABEL_MASK = "label_mask"
 # (batch,) bool, put by the trainer into a batch that repeats rows because the ranks did not come out even.
 ROW_MASK = "row_mask"
+# Whole numbers, put by a collator that makes one row of all: how long each was.
+ROW_LENGTHS = "row_lengths"
 
 
 @dataclass(frozen=True)
@@ -26,18 +28,21 @@ class Items:
         kd: what the teacher teaches: (batch,) or (batch, length) in the layout of the logits.
         labelled: (batch,), the rows that have a label.
         rows: (batch,), the rows that count; None for all.
+        texts: (batch, 2) int64, of rows packed of several texts: those with a label, and all; else None.
     """
 
     task: tuple[Tensor, ...]
     kd: Tensor
     labelled: Tensor
     rows: Tensor | None = None
+    texts: Tensor | None = None
 
     def counts(self) -> Tensor:
-        """(5,) int64: task items, items of a second task target, KD items, labelled rows, rows."""
+        """(5,) int64: task items, items of a second task target, KD items, labelled rows, rows; texts where packed."""
         rows = torch.ones_like(self.labelled) if self.rows is None else self.rows
         task = [mask.sum() for mask in self.task]
-        return torch.stack([task[0], task[-1], self.kd.sum(), self.labelled.sum(), rows.sum()])
+        numbers = (self.labelled.sum(), rows.sum()) if self.texts is None else self.texts.sum(0).unbind()
+        return torch.stack([task[0], task[-1], self.kd.sum(), *numbers])
 
     def of_rows(self, rows: Tensor) -> "Items":
         """The same items without those of rows where `rows` (batch,) is False."""
@@ -45,7 +50,8 @@ class Items:
         def keep(mask: Tensor) -> Tensor:
             return mask & rows.view(-1, *[1] * (mask.dim() - 1))
 
-        return Items(tuple(keep(mask) for mask in self.task), keep(self.kd), keep(self.labelled), rows)
+        texts = None if self.texts is None else torch.where(rows[:, None], self.texts, 0)
+        return Items(tuple(keep(mask) for mask in self.task), keep(self.kd), keep(self.labelled), rows, texts)
 
 
 def batch_size(inputs: Mapping[str, Tensor]) -> int:
@@ -96,7 +102,7 @@ def find_items(
     if keep is None:
         return items
     kept = items.of_rows(keep)
-    return Items(kept.task, items.kd, kept.labelled)
+    return Items(kept.task, items.kd, kept.labelled, texts=items.texts)
 
 
 def _none(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -146,7 +152,17 @@ def _position_items(task: Task, inputs: Mapping[str, Tensor], special_tokens: Te
     kd = mask
     if task is Task.TOKEN_CLASSIFICATION:
         kd = torch.where(labelled[:, None], mask, _content(task, inputs, special_tokens))
-    return Items((mask,), kd, labelled)
+    return Items((mask,), kd, labelled, texts=_texts(inputs, mask) if task is Task.CAUSAL_LM else None)
+
+
+def _texts(inputs: Mapping[str, Tensor], items: Tensor) -> Tensor | None:
+    """(batch, 2) int64: how many texts of each row have an item, and how many it has; None where it is one."""
+    positions = inputs.get("position_ids")
+    if positions is None or "attention_mask" in inputs or positions.shape != items.shape:
+        return None
+    starts = positions == positions.min()  # as Transformers' flash attention finds them: not all count from 0
+    found = torch.zeros_like(positions).scatter_add(1, (starts.cumsum(-1) - 1).clamp(min=0), items.long())
+    return torch.stack([(found > 0).sum(-1), starts.sum(-1)], -1)
 
 
 def _content(task: Task, inputs: Mapping[str, Tensor], special_tokens: Tensor | None) -> Tensor:

@@ -6,10 +6,14 @@ from typing import Any
 
 from hf_distill.dataset_checks import is_indexed, kind_of_label, label_columns
 from hf_distill.item_weights import ItemWeights
+from hf_distill.losses.base import LOSSES
 from hf_distill.models.heads import task_model
+from hf_distill.objective import loss_name
 from hf_distill.objective_checks import check_head, check_logit_term
 from hf_distill.row_weights import RowWeights
 from hf_distill.signals import Task
+from hf_distill.sparse_terms import are_all_classes, check_sparse_pair, check_sparse_term
+from hf_distill.teachers import SparseTeacher
 from hf_distill.weighting_checks import check_weights, find_groups
 
 
@@ -29,7 +33,13 @@ def check_logits(trainer: Any, label: Any) -> None:
     kind, term = known_problem_type(trainer, label), terms.logits
     if trainer.teacher is not None and pair.task is not Task.EMBEDDING:
         term = replace(term, weight=1.0)  # an evaluation measures it, whatever it weighs
-    check_logit_term(term, pair.task, kind, _classes(config, pair))
+    classes, teacher = compared_classes(config, pair), trainer.teacher
+    check_logit_term(term, pair.task, kind, classes)
+    if isinstance(teacher, SparseTeacher) and term.weight > 0 and pair.task is not Task.EMBEDDING:
+        check_sparse_pair(pair)
+        spec = LOSSES.get(loss_name(term, pair.task, kind or "single_label_classification"))
+        if not are_all_classes(teacher.sparse_k, classes, spec):
+            check_sparse_term(term, spec, k=teacher.sparse_k, temperature=teacher.sparse_temperature)
 
 
 def known_problem_type(trainer: Any, label: Any) -> str | None:
@@ -43,7 +53,7 @@ def known_problem_type(trainer: Any, label: Any) -> str | None:
     return kind_of_label(pair.task, config, label) if is_told else None
 
 
-def _classes(config: Any, pair: Any) -> int | None:
+def compared_classes(config: Any, pair: Any) -> int | None:
     """How many classes are compared; None where the input decides, as with choices and positions."""
     if pair.task.has_named_labels:
         return config.num_labels

@@ -11,9 +11,11 @@ from torch import Tensor
 from hf_distill.batches import Batch
 from hf_distill.config import LogitTerm
 from hf_distill.losses.base import LOSSES, LossSpec, masked_sum
+from hf_distill.losses.head_rows import Divergence
+from hf_distill.losses.sparse import sparse_divergence
 from hf_distill.losses.temperature_gradient import with_temperature_gradient
 from hf_distill.losses.transforms import standardize
-from hf_distill.signals import Task
+from hf_distill.signals import SparseLogits, Task
 from hf_distill.targets import class_targets
 from hf_distill.temperature import TemperaturePolicy
 
@@ -135,6 +137,8 @@ class LogitObjective:
                 options["temperature"] = self.gather(options["temperature"])
             values = spec.function(*gathered, valid=self.gather(kept), **options)
             values = values[self.rank * rows : (self.rank + 1) * rows]
+        elif isinstance(teacher, SparseLogits):
+            values = sparse_divergence(student, teacher, Divergence(spec, self.term.options))
         else:
             values = spec.function(student, teacher, **options)
         if isinstance(temperature, Tensor) and temperature.requires_grad:
@@ -160,7 +164,9 @@ class LogitSignals:
 
 
 def agreement_sum(pairs: list[LogitPair], batch: Batch, *, task: Task, problem_type: str) -> Tensor | None:
-    """On how many KD items student and teacher choose alike: scalar; None for regression, which chooses nothing."""
+    """On how many KD items student and teacher choose alike: scalar; None where they choose nothing comparable."""
+    if not pairs:
+        return None
     if task is Task.SEQUENCE_CLASSIFICATION and problem_type == "regression":
         return None
     if task is Task.SEQUENCE_CLASSIFICATION and problem_type == "multi_label_classification":
@@ -168,8 +174,12 @@ def agreement_sum(pairs: list[LogitPair], batch: Batch, *, task: Task, problem_t
         return masked_sum(((student > 0) == (teacher > 0)).float().mean(-1), batch.items.kd)
     if task is Task.QUESTION_ANSWERING:
         pairs = [(_real_positions(student, batch), _real_positions(teacher, batch)) for student, teacher in pairs]
-    same = [student.argmax(-1) == teacher.argmax(-1) for student, teacher in pairs]
+    same = [student.argmax(-1) == _choice(teacher, student.shape[-1]) for student, teacher in pairs]
     return masked_sum(torch.stack(same).all(0).float(), batch.items.kd)
+
+
+def _choice(teacher: Tensor | SparseLogits, classes: int) -> Tensor:
+    return teacher.likeliest(classes) if isinstance(teacher, SparseLogits) else teacher.argmax(-1)
 
 
 def _real_positions(logits: Tensor, batch: Batch) -> Tensor:

@@ -6,6 +6,7 @@ from hf_distill.objective import loss_name
 from hf_distill.signals import Task
 from hf_distill.targets import has_class_targets
 from hf_distill.temperature import LearnedTemperature, TemperaturePolicy
+from hf_distill.weighting import TeacherWeights
 
 _MULTI_LABEL, _REGRESSION = "multi_label_classification", "regression"
 _LEAST_TO_STANDARDIZE = 3
@@ -40,6 +41,7 @@ def check_logit_term(term: LogitTerm, task: Task, problem_type: str | None, clas
             "every position. Take a loss that looks at one position at a time, such as forward_kl or dkd."
         )
     _check_temperature(spec, term, task, kind)
+    _check_token_alignment(spec, term)
     if spec.name == "nkd" and not term.temperature_squared:
         raise ValueError(
             "logits: temperature_squared: false divides the whole loss by T squared, and of nkd only a part has the "
@@ -108,6 +110,28 @@ def _check_classes(spec: LossSpec, term: LogitTerm, classes: int | None) -> None
         raise ValueError(
             f"logits: transform: standardize turns any {classes} logits into the same two numbers (+-0.71), so the "
             "teacher's certainty is lost. Take transform: none."
+        )
+
+
+def _check_token_alignment(spec: LossSpec, term: LogitTerm) -> None:
+    if term.token_alignment == "none":
+        return
+    with_offsets = f"token_alignment={term.token_alignment!r}"
+    if spec.compares != "classes" or spec.takes_targets:
+        what = "sets the label's class apart" if spec.takes_targets else "compares the logits as numbers"
+        raise ValueError(
+            f"kd_loss={spec.name!r} {what}, and {with_offsets} leaves only the classes that both vocabularies have. "
+            "Take forward_kl or another divergence, or uld."
+        )
+    if spec.any_classes and isinstance(term.temperature, TemperaturePolicy) and term.temperature.is_per_item:
+        raise ValueError(
+            f"A temperature for each item compares student and teacher class by class, and {spec.name} with "
+            f"{with_offsets} has other classes on either side. Take a number or a schedule."
+        )
+    if any(isinstance(setting, TeacherWeights) for setting in term.item_weights):
+        raise ValueError(
+            f"item_weights by the teacher read its logits where the student's tokens are, and with {with_offsets} the "
+            "teacher has others. Weigh by a column, a group or phrases."
         )
 
 

@@ -7,15 +7,17 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
-from transformers import AutoTokenizer, TrainingArguments
+from transformers import AutoTokenizer, TrainingArguments, set_seed
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
+from hf_distill.adapters import add_adapters, check_peft_config
 from hf_distill.arguments import DistillationTrainingArguments
 from hf_distill.batches import TARGETS
 from hf_distill.models.heads import task_model
 from hf_distill.progress import check_coverage
-from hf_distill.teachers import AdapterOffTeacher, LocalTeacher, Teacher, load_teacher
+from hf_distill.teachers import AdapterOffTeacher, LocalTeacher, Teacher, load_student, load_teacher
 
 
 def check_arguments(args: TrainingArguments, expected: type[DistillationTrainingArguments]) -> None:
@@ -61,7 +63,7 @@ def check_trainer_arguments(given: Iterable[str], known: Iterable[str]) -> None:
     Raises:
         TypeError: as Python would, but with the remedy.
     """
-    known = [*known, "teacher_model", "teacher_processing_class"]
+    known = [*known, "teacher_model", "teacher_processing_class", "peft_config"]
     meant = {"tokenizer": "processing_class", "teacher": "teacher_model"}
     for name in given:
         if name in known:
@@ -87,6 +89,36 @@ def check_label_names(label_names: Sequence[str]) -> None:
         )
 
 
+def make_student(
+    model: Any, teacher_model: Any, args: DistillationTrainingArguments, peft_config: PeftConfig | None
+) -> tuple[Any, Any]:
+    """The student as a module, with adapters where they are asked for, and the teacher, loaded if its head is needed.
+
+    Args:
+        model: a module, a name or path, or None where `model_init` makes it.
+        teacher_model: as the trainer takes it; where both are names it is loaded here.
+        args: the seed, and how names are loaded.
+        peft_config: the student's adapters.
+
+    Raises:
+        TypeError: `peft_config` is no config of PEFT.
+        ValueError: a name that cannot be loaded, or adapters that cannot be added.
+    """
+    if peft_config is not None:
+        check_peft_config(peft_config, model, teacher_model)
+    is_name = isinstance(model, str | os.PathLike)
+    if is_name and isinstance(teacher_model, str | os.PathLike):
+        teacher_model = load_teacher(os.fspath(teacher_model), None, args.teacher_model_init_kwargs)
+    if is_name or (model is not None and peft_config is not None):
+        set_seed(args.seed)  # new weights are part of the run, and `Trainer` seeds too late for them
+    if is_name:
+        teacher_module = teacher_model if isinstance(teacher_model, nn.Module) else None
+        model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
+    if model is not None:
+        _check_student_whole(model)
+    return model if model is None or peft_config is None else add_adapters(model, peft_config), teacher_model
+
+
 def make_teacher(
     teacher_model: nn.Module | Teacher | str | None,
     *,
@@ -110,6 +142,7 @@ def make_teacher(
         with torch.random.fork_rng():
             teacher_model = load_teacher(teacher_model, student(), args.teacher_model_init_kwargs)
     if isinstance(teacher_model, nn.Module):
+        _check_placed(teacher_model, processes=args.world_size)
         _check_apart(student(), teacher_model)
         return LocalTeacher(teacher_model, autocast=autocast)
     if callable(teacher_model) and hasattr(teacher_model, "place"):
@@ -147,6 +180,36 @@ def _check_apart(student: nn.Module, teacher: nn.Module) -> None:
             f"{len(shared)} of the student's trained parameters are the teacher's own ({shared[0]}, ...), so training "
             "would change the teacher. Copy what the student takes over (copy.deepcopy), or freeze it in the student."
         )
+
+
+def _check_student_whole(student: Any) -> None:
+    """Refuses a student that `from_pretrained` took apart."""
+    if getattr(task_model(student), "is_distributed_loading_by_transformers", False):
+        raise ValueError(
+            "The student was sharded by from_pretrained (distributed_config), which is untested here, and whose "
+            "processes may have to share a batch. Load it whole, and shard it with fsdp=True in the arguments."
+        )
+
+
+def _check_placed(teacher: nn.Module, *, processes: int) -> None:
+    """Refuses a teacher whose weights this process lacks, or that is shared in a way that batches are not."""
+    is_placed = getattr(teacher, "hf_device_map", None) is not None  # what it keeps elsewhere it fetches itself
+    is_empty = not is_placed and any(parameter.is_meta for parameter in teacher.parameters())
+    # ZeRO-3 marks the parameters that it has taken apart.
+    if is_empty or any(hasattr(parameter, "ds_id") for parameter in teacher.parameters()):
+        raise ValueError(
+            "The teacher's weights are not on this process: it was loaded while FSDP (cpu_ram_efficient_loading) or "
+            "DeepSpeed ZeRO-3 held weights back for a model that it shards, which is the student alone. Load the "
+            "teacher before DistillationTrainingArguments is made and pass the module, or under FSDP set "
+            "cpu_ram_efficient_loading to false."
+        )
+    if getattr(task_model(teacher), "is_distributed_loading_by_transformers", False):
+        batches = task_model(teacher).config.distributed_config.dp_size
+        if batches != processes:
+            raise ValueError(
+                f"The teacher's distributed_config takes {batches} batches at once, but each of the {processes} "
+                f"processes has a batch of its own. Shard it with DistributedConfig(fsdp_size={processes}) alone."
+            )
 
 
 def teacher_tokenizer(teacher_model: Any, teacher: Teacher, processing_class: Any | None) -> Any | None:

@@ -1,10 +1,12 @@
 """The words the layers share: the task of a head, and what a teacher says about a batch."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -77,6 +79,83 @@ class LogitFactors:
 
 
 @dataclass(frozen=True)
+class SparseLogits:
+    """A teacher's distribution by its most likely classes: what caches keep and servers send.
+
+    The classes that are not among them share the missing probability, the tail. An entry is empty, and its class in
+    the tail, where its index is below 0 or its log-probability -inf. The indices of an item differ from each other.
+
+    Attributes:
+        indices: (..., k) int64 classes, in any order.
+        log_probs: (..., k) float, logarithms of their probabilities in softmax(logits / temperature) over all classes.
+        temperature: > 0. The tail at another temperature cannot be known.
+
+    Raises:
+        TypeError: the dtypes are others.
+        ValueError: the shapes differ, or there is no entry; the temperature is no number above 0.
+    """
+
+    indices: Tensor
+    log_probs: Tensor
+    temperature: float = 1.0
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.indices.shape)
+        if self.indices.dtype != torch.int64 or not self.log_probs.is_floating_point():
+            raise TypeError(
+                f"indices have dtype {self.indices.dtype}, log_probs {self.log_probs.dtype}; expected torch.int64 and "
+                "a float dtype. Pass indices.long()."
+            )
+        if shape != self.log_probs.shape or not shape or shape[-1] == 0:
+            raise ValueError(
+                f"indices have shape {shape}, log_probs {tuple(self.log_probs.shape)}; expected (..., k) twice, k >= "
+                "1. Fill up items of fewer classes with index -1."
+            )
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature is {self.temperature}; expected a finite number above 0.")
+
+    @property
+    def k(self) -> int:
+        """How many entries an item has."""
+        return self.indices.shape[-1]
+
+    def narrowed(self, k: int) -> "SparseLogits":
+        """The same with the k most likely classes of each item; the others go into the tail."""
+        if k >= self.k:
+            return self
+        given = self.log_probs.masked_fill(self.indices < 0, -math.inf)
+        top = given.topk(k, sorted=False).indices
+        return replace(self, indices=self.indices.gather(-1, top), log_probs=self.log_probs.gather(-1, top))
+
+    def placed(self, device: torch.device) -> "SparseLogits":
+        """The same on a device."""
+        return replace(self, indices=self.indices.to(device), log_probs=self.log_probs.to(device))
+
+    def ordered(self, order: Tensor | None) -> "SparseLogits":
+        """The same with the classes' numbers in another order.
+
+        Args:
+            order: (classes,) for each number the old one, as of `label_order`; None leaves all as it is.
+        """
+        if order is None:
+            return self
+        moved = order.to(self.indices.device).argsort()[self.indices.clamp(min=0)]
+        return replace(self, indices=torch.where(self.indices < 0, self.indices, moved))
+
+    def dense(self, classes: int) -> Tensor:
+        """(..., classes) logits of as much as is known: a class without an entry has none, -inf."""
+        logits = self.log_probs.new_full((*self.indices.shape[:-1], classes + 1), -math.inf)
+        places = torch.where((self.indices < 0) | (self.indices >= classes), classes, self.indices)
+        return logits.scatter_(-1, places, self.log_probs * self.temperature)[..., :classes]
+
+    def likeliest(self, classes: int) -> Tensor:
+        """(...,) the most likely of the leading classes; -1 where no entry is one of them."""
+        given = (self.indices >= 0) & (self.indices < classes) & (self.log_probs > -math.inf)
+        first = self.log_probs.masked_fill(~given, -math.inf).argmax(-1, keepdim=True)
+        return torch.where(given, self.indices, -1).gather(-1, first).squeeze(-1)
+
+
+@dataclass(frozen=True)
 class TeacherOutput:
     """What a teacher says about one batch, without a graph.
 
@@ -87,12 +166,14 @@ class TeacherOutput:
         features: what was recorded inside the teacher, by its source: hidden states and module outputs as tensors,
             attention layers as `models.capture.AttentionRecord`.
         factors: in place of the logits, what they are made of, where that was asked for.
+        sparse: in place of the logits, the most likely classes of each item, (batch, k) or (batch, length, k).
     """
 
     logits: tuple[Tensor, ...]
     overwritable: bool = False
     features: Mapping[Feature, Any] = field(default_factory=dict)
     factors: LogitFactors | None = None
+    sparse: SparseLogits | None = None
 
     def formed(self) -> "TeacherOutput":
         """The same with its logits."""

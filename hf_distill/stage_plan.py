@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _SOURCES = ("preset", "distillation_config")
 _SHORT = tuple(inspect.signature(with_flat_values).parameters)[1:]  # the flat fields of the terms
 _OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "push_to_hub")
-_GIVEN_OTHERWISE = ("model", "args", "teacher_model", "train_dataset", "model_init", "optimizers")
+_GIVEN_OTHERWISE = ("model", "args", "teacher_model", "train_dataset", "model_init", "peft_config", "optimizers")
 # Of a stage that began these may not change: with them a resumed run would end elsewhere than an uninterrupted one.
 # Not the batch: 8 devices x 1 and 4 devices x 2 micro-batches are the same steps.
 _DECISIVE = (
@@ -232,7 +232,8 @@ def plan_stages(
         if reserved := [name for name in given if name in _GIVEN_OTHERWISE]:
             raise ValueError(
                 f"Stage {stage.name!r} gets {', '.join(reserved)} as arguments of the trainer, but each stage has a "
-                "student (Stage.student), a teacher, data, and an optimizer and scheduler of its own (Stage.training)."
+                "student (Stage.student; with adapters by peft.get_peft_model), a teacher, data, and an optimizer "
+                "and scheduler of its own (Stage.training)."
             )
         check_trainer_arguments(given, known)
         stage_dataset(stage, train_dataset)

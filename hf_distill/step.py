@@ -17,19 +17,19 @@ from hf_distill.fused_terms import FusedTerms
 from hf_distill.gathering import gather_rows
 from hf_distill.item_weights import ItemWeights
 from hf_distill.learned import BALANCE, TEMPERATURE, temperature_module
-from hf_distill.losses.base import masked_sum
+from hf_distill.losses.base import LOSSES, masked_sum
 from hf_distill.matching import LEARNED, LayerTerms
 from hf_distill.models.heads import decoder_inputs, problem_type, task_model
-from hf_distill.objective import LogitObjective, LogitSignals, agreement_sum
+from hf_distill.objective import LogitObjective, LogitSignals
 from hf_distill.objective_checks import check_logit_term
 from hf_distill.pairing import ModelPair
-from hf_distill.progress import ActiveTerms, evaluation_term, terms_at
+from hf_distill.progress import ActiveTerms, terms_at
 from hf_distill.signals import Task, TeacherOutput, read_logits
-from hf_distill.task_loss import check_smoothing, is_sum, item_losses, span_sums, task_loss
-from hf_distill.teachers import Teacher
+from hf_distill.sparse_terms import align_sparse
+from hf_distill.task_loss import check_smoothing, task_loss
+from hf_distill.teachers import FactoredTeacher, Teacher
 from hf_distill.temperature import LearnedTemperature
 from hf_distill.temperature_log import TemperatureMeter
-from hf_distill.weighting import ITEM_GROUP
 
 
 class StepMixin(ChunkedStepMixin):
@@ -90,8 +90,9 @@ class StepMixin(ChunkedStepMixin):
         records = training and any(match.asks_teacher for match in terms.matches)
         # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
         asked: dict[str, Any] = {"record": True} if records else {}
-        asked |= {"factored": True} if factored else {}
-        return self.teacher(batch.teacher, **asked)
+        asked |= {"factored": True} if factored and isinstance(self.teacher, FactoredTeacher) else {}
+        output = self.teacher(batch.teacher, **asked)
+        return output if output.sparse is None else self._named_classes(output, batch, terms)
 
     def compute_loss(
         self,
@@ -111,19 +112,19 @@ class StepMixin(ChunkedStepMixin):
         Returns: the loss, scalar; in evaluation the task loss alone, or None without labels.
         """
         loss: Tensor | None
-        terms = self.active_terms()
         batch = self.split(inputs)
+        terms = self.active_terms() if model.training else self._evaluation_terms(batch)
         teacher_output = inputs.get(TEACHER_OUTPUT)
         if not isinstance(teacher_output, TeacherOutput):  # a data set may have a column of that name
-            factored = model.training and not return_outputs and self._can_be_chunked(batch, terms)
+            factored = not return_outputs and self._can_be_chunked(batch, terms, training=model.training)
             teacher_output = self.ask_teacher(batch, terms, training=model.training, factored=factored)
+        teacher_output = self._usable(teacher_output, batch)
         if model.training:
             known = isinstance(num_items_in_batch, StepCounts)
-            teacher_output = self._usable(teacher_output, batch)
             counts = num_items_in_batch if known else StepCounts.of_batch(self.count(batch, teacher_output))
             loss, outputs = self._training_loss(model, batch, counts, terms, teacher_output, fuse=not return_outputs)
         else:
-            loss, outputs = self._evaluation_loss(model, batch, teacher_output)
+            loss, outputs = self._evaluation_loss(model, batch, terms, teacher_output)
         return (loss, outputs) if return_outputs else loss
 
     def _training_loss(
@@ -137,7 +138,7 @@ class StepMixin(ChunkedStepMixin):
         fuse: bool,
     ) -> tuple[Tensor, Any]:
         weights = self._weights(terms)
-        if teacher_output is not None and teacher_output.factors is not None:
+        if teacher_output is not None and self._is_from_head(teacher_output):
             result, outputs, matched, learned = self._chunked_shares(
                 model, batch, counts, terms, teacher_output, weights
             )
@@ -146,7 +147,7 @@ class StepMixin(ChunkedStepMixin):
                 model, batch, counts, terms, teacher_output, weights, fuse=fuse
             )
         loss, task_share, kd_share = result
-        shares = {"task": task_share, "kd": kd_share, **matched}
+        shares = {"task": None if batch.is_on_policy else task_share, "kd": kd_share, **matched}
         known = {name: share for name, share in shares.items() if share is not None}
         if matched:
             loss = torch.stack([loss, *(weights[name] * share for name, share in matched.items())]).sum()
@@ -171,15 +172,16 @@ class StepMixin(ChunkedStepMixin):
         fuse: bool,
     ) -> tuple[Shares, Any, dict[str, Tensor], Mapping[str, Mapping[str, Tensor]]]:
         """The shares of both terms; the student's output, its shares of the matches, and what else is learned."""
-        with_task = bool(batch.labels) and terms.task.weight > 0
+        with_task = batch.has_targets and terms.task.weight > 0
         is_plain = self.label_smoother is None and self.compute_loss_func is None
-        fuse = fuse and is_plain and self._fused.suits(self._pair.task, terms, batch)
+        is_sparse = teacher_output is not None and teacher_output.sparse is not None
+        fuse = fuse and is_plain and not is_sparse and self._fused.suits(self._pair.task, terms, batch)
         arguments = self._student_arguments(batch, own_loss=with_task and not (fuse and self._fused.accepted))
         outputs, matched, learned = self._forward(model, arguments, batch, counts, terms, teacher_output)
         objective, signals = None, None
         if terms.logits.weight > 0:
             objective = self._objective(terms.logits, batch, terms.progress, learned)
-            pairs = self._aligned(outputs, teacher_output)
+            pairs = self._aligned(outputs, teacher_output, batch)
             signals = objective.signals(pairs, batch, self._weights_of(batch, teacher_output))
             if self._temperatures is not None:
                 self._temperatures.add_all(signals.temperatures, batch.items.kd)
@@ -291,7 +293,7 @@ class StepMixin(ChunkedStepMixin):
         """The weighted loss of a batch, and its shares of the terms before their weights."""
         weighted, task, kd = [], None, None
         if isinstance(weights["task"], Tensor) or weights["task"] > 0:
-            task = self._task_loss(outputs, batch, counts) if batch.labels else self._nothing(outputs)
+            task = self._task_loss(outputs, batch, counts) if batch.has_targets else self._nothing(outputs)
             is_one = not isinstance(weights["task"], Tensor) and weights["task"] == 1
             weighted.append(task if is_one else weights["task"] * task)
         if objective is not None and signals is not None:
@@ -304,44 +306,6 @@ class StepMixin(ChunkedStepMixin):
         first, *_ = read_logits(self._pair.task, outputs) or (outputs[0],)
         return first[:0].sum()
 
-    def _evaluation_loss(
-        self, model: nn.Module, batch: Batch, teacher_output: TeacherOutput | None
-    ) -> tuple[Tensor | None, Any]:
-        """The task loss of a batch, with the sums of all metrics in the meter."""
-        outputs = model(**self._student_arguments(batch, own_loss=bool(batch.labels)))
-        counts, kind = StepCounts.of_batch(batch.items.counts()), self._problem_type(batch)
-        task = self._task_loss(outputs, batch, counts) if batch.labels else None
-        if task is not None:
-            self._add_task_loss(task, outputs, batch, counts)
-            self._add_group_losses(outputs, batch, kind)
-        if pairs := self._aligned(outputs, teacher_output):
-            objective = self._objective(evaluation_term(self.args.distillation), batch, 1.0, {})
-            self._eval_meter.add("kd", objective.total(objective.signals(pairs, batch), batch))
-            self._eval_meter.add("kd_items", counts.kd)
-            agreement = agreement_sum(pairs, batch, task=self._pair.task, problem_type=kind)
-            if agreement is not None:
-                self._eval_meter.add("agreement", agreement)
-        return task, outputs
-
-    def _add_task_loss(self, mean: Tensor, outputs: Any, batch: Batch, counts: StepCounts) -> None:
-        sums = [mean if is_sum(self._pair.task, self._student_config) else mean * counts.task[0]]
-        if self._pair.task is Task.QUESTION_ANSWERING and self.compute_loss_func is None:
-            sums = [*span_sums(outputs, batch)]
-        for side, total in enumerate(sums):
-            self._eval_meter.add(f"task_{side}", total)
-            self._eval_meter.add(f"task_items_{side}", counts.task[side])
-
-    def _add_group_losses(self, outputs: Any, batch: Batch, kind: str) -> None:
-        """The sums of the task loss in each group of rows, where weights follow them."""
-        if self._item_weights is None or ITEM_GROUP not in batch.extras:
-            return
-        losses = item_losses(outputs, batch, task=self._pair.task, problem_type=kind, config=self._student_config)
-        for values, mask in losses:
-            groups = self._item_weights.groups(batch, mask)
-            for number, name in enumerate(self._item_weights.group_names.values()):
-                self._eval_meter.add(f"group_{name}", masked_sum(values, mask & (groups == number)))
-                self._eval_meter.add(f"group_items_{name}", (mask & (groups == number)).sum())
-
     @property
     def _student_config(self) -> Any:
         return task_model(self.model).config
@@ -349,10 +313,16 @@ class StepMixin(ChunkedStepMixin):
     def _problem_type(self, batch: Batch) -> str:
         return problem_type(self._student_config, batch.labels.get("labels"), default=self._pair.problem_type)
 
-    def _aligned(self, outputs: Any, teacher_output: TeacherOutput | None) -> list[tuple[Tensor, Tensor]]:
+    def _aligned(
+        self, outputs: Any, teacher_output: TeacherOutput | None, batch: Batch
+    ) -> list[tuple[Tensor, Tensor]]:
         if teacher_output is None or self._pair.task is Task.EMBEDDING:
             return []
-        return self._pair.align(read_logits(self._pair.task, outputs), teacher_output.logits)
+        if teacher_output.sparse is not None:
+            return [align_sparse(read_logits(self._pair.task, outputs), teacher_output.sparse, self._pair)]
+        any_classes = LOSSES.get(self.args.distillation.logits.loss).any_classes
+        student_logits, positions = read_logits(self._pair.task, outputs), batch.teacher_positions
+        return self._pair.align(student_logits, teacher_output.logits, positions=positions, any_classes=any_classes)
 
     def _student_arguments(self, batch: Batch, *, own_loss: bool) -> dict[str, Any]:
         """What the student's forward gets: with the labels only where it is to form the loss itself."""

@@ -1,13 +1,13 @@
 """`Trainer` with a teacher: the overrides, and nothing else."""
 
 import inspect
-import os
 from collections import Counter
 from collections.abc import Mapping
 from copy import copy
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import nn
 from transformers import (
     DataCollatorWithPadding,
@@ -15,39 +15,41 @@ from transformers import (
     Seq2SeqTrainer,
     Trainer,
     default_data_collator,
-    set_seed,
 )
 
 from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
+from hf_distill.adapters import add_adapters, check_adapters
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
 from hf_distill.batches import TEACHER_OUTPUT, Batch, split_batch
 from hf_distill.chunked_terms import ChunkedTerms
-from hf_distill.collator import TEACHER_PREFIX, DistillationCollator
+from hf_distill.collator import TEACHER_POSITIONS, TEACHER_PREFIX, DistillationCollator
 from hf_distill.dataset_checks import check_batch, find_label, label_filler
 from hf_distill.fused_terms import FusedTerms
 from hf_distill.histograms import write_histogram
 from hf_distill.items import LABEL_MASK
-from hf_distill.layer_training import LayerTrainingMixin
 from hf_distill.logit_setup import check_logits, known_problem_type, make_weights
 from hf_distill.losses.base import LOSSES, LossSpec
 from hf_distill.models.heads import frame_mask, input_names
 from hf_distill.objective import loss_name
+from hf_distill.on_policy import make_on_policy
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.setup import (
     check_arguments,
     check_label_names,
     check_teacher,
     check_trainer_arguments,
+    make_student,
     make_teacher,
     teacher_tokenizer,
 )
-from hf_distill.teachers import Teacher, load_student, load_teacher
+from hf_distill.teachers import Teacher
 from hf_distill.temperature import TemperaturePolicy
 from hf_distill.temperature_log import Histogram, TemperatureMeter
+from hf_distill.text_setup import TextMixin
 from hf_distill.weighting import ItemWeighting, weighting_columns
 
 
-class DistillationMixin(LayerTrainingMixin):
+class DistillationMixin(TextMixin):
     """What a distillation changes in `Trainer`; put it before the trainer class it extends.
 
     Takes `Trainer`'s arguments and these:
@@ -59,6 +61,8 @@ class DistillationMixin(LayerTrainingMixin):
             PEFT student, whose base model with the adapters off then teaches.
         teacher_processing_class: the teacher's tokenizer or processor, where it is not the student's. It pads the
             `teacher_*` columns, which a teacher with inputs of its own reads.
+        peft_config: the adapters that the student trains in place of its weights, as `peft.LoraConfig(r=16)`. The
+            task type and the heads trained beside them follow the student's head where it does not name them.
 
     Raises:
         ValueError: before the first step, for anything that cannot be distilled as asked, with the remedy.
@@ -75,25 +79,22 @@ class DistillationMixin(LayerTrainingMixin):
         *trainer_args: Any,
         teacher_model: PreTrainedModel | nn.Module | Teacher | str | None = None,
         teacher_processing_class: Any | None = None,
+        peft_config: PeftConfig | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         check_trainer_arguments(trainer_kwargs, inspect.signature(super().__init__).parameters)
         if args is None:
             args = self._arguments_class(output_dir="tmp_trainer")
         check_arguments(args, self._arguments_class)
-        if isinstance(model, str | os.PathLike):
-            if isinstance(teacher_model, str | os.PathLike):
-                teacher_model = load_teacher(os.fspath(teacher_model), None, args.teacher_model_init_kwargs)
-            teacher_module = teacher_model if isinstance(teacher_model, nn.Module) else None
-            set_seed(args.seed)  # a new head is part of the run, and `Trainer` seeds too late for it
-            model = load_student(os.fspath(model), teacher_module, args.model_init_kwargs)
+        student, teacher_model = make_student(model, teacher_model, args, peft_config)
+        self._peft_config = peft_config
         self._meter, self._eval_meter, self._windows = TermMeter(), TermMeter(), 0
         self._fused, self._chunked, self._temperatures = FusedTerms(), ChunkedTerms(), None
         self._layers, self._balancer, self._item_weights = None, None, None
         self._term_steps: Counter[str] = Counter()
         self._starts, self._step_weights, self._active = True, {}, None
         self._teacher_tokenizer = teacher_processing_class
-        super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        super().__init__(student, args, *trainer_args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False
         if args.task_weight > 0:
             check_label_names(self.label_names)
@@ -109,6 +110,7 @@ class DistillationMixin(LayerTrainingMixin):
         # A collator of the user's own may make labels of columns by any name: then the first batch tells.
         collator = self.data_collator
         self._common_collator = collator is default_data_collator or type(collator) is DataCollatorWithPadding
+        self._prepare_text()
         required = args.task_weight > 0 and self._common_collator
         self._some_label = label = find_label(self.train_dataset, self._pair.task, required=required)
         self._has_labels = label is not None
@@ -121,6 +123,7 @@ class DistillationMixin(LayerTrainingMixin):
             always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
         check_logits(self, self._some_label)
+        self._on_policy = make_on_policy(self)
         self._plan_weights()
         self._plan_layers(self.model)
 
@@ -137,17 +140,21 @@ class DistillationMixin(LayerTrainingMixin):
         return term.item_weights if term.weight > 0 else ()
 
     def _pair_with(self, student: nn.Module) -> ModelPair:
+        check_adapters(student, self.teacher)
         return pair_models(
             student,
             None if self.teacher is None else self.teacher.model,
             student_tokenizer=self.processing_class,
             teacher_tokenizer=self._teacher_tokenizer,
+            token_alignment=self.args.distillation.logits.token_alignment,
             device=self.args.device,
         )
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """A fresh student, checked against the teacher like the first."""
         model = super().call_model_init(trial)
+        if self._peft_config is not None:
+            model = add_adapters(model, self._peft_config)
         if hasattr(self, "_pair"):
             self._pair, self._fused = self._pair_with(model), FusedTerms()
             self._plan_layers(model)
@@ -160,7 +167,7 @@ class DistillationMixin(LayerTrainingMixin):
             own = [*(TEACHER_PREFIX + name for name in sorted(teacher_names)), *sorted(self._pair.teacher_only_inputs)]
             columns: Any = self._signature_columns  # declared as None, whatever it holds
             weighting = frozenset() if self._item_weights is None else weighting_columns(self._weighted_by)
-            columns += [*own, LABEL_MASK, *sorted(self._extra_columns | weighting)]
+            columns += [*own, TEACHER_POSITIONS, LABEL_MASK, *sorted(self._extra_columns | weighting)]
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         # `auto_find_batch_size` and a hyperparameter search come here anew: nothing of the last try may be logged.
@@ -177,7 +184,9 @@ class DistillationMixin(LayerTrainingMixin):
                 "get_train_dataloader is your own."
             )
         check_arguments(self.args, self._arguments_class)
+        self._check_text_settings()
         check_teacher(self.teacher, self.args)
+        self._on_policy = make_on_policy(self)
         return super()._inner_training_loop(*args, **kwargs)
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
@@ -215,14 +224,19 @@ class DistillationMixin(LayerTrainingMixin):
             self._balancer.settle(self.accelerator)
         if self._starts and self._item_weights is not None:
             self._item_weights.replay(self.state.log_history)
+        if self._on_policy is not None:
+            batches = self._on_policy.replace(batches, self, check=self._starts)
         self._starts = False
-        terms, items = self.active_terms(), []
+        terms, items, has_targets = self.active_terms(), [], False
         for number, inputs in enumerate(batches):
             batch, output = self.split(self._prepare_inputs(inputs)), None
             if self._item_weights is not None and self._item_weights.needs_teacher and terms.logits.weight > 0:
                 output = self.ask_teacher(batch, terms, training=True)
                 batches[number] = {**inputs, TEACHER_OUTPUT: output}
             items.append(self.count(batch, output))
+            has_targets |= not batch.is_on_policy
+            if self._on_policy is not None:
+                self._on_policy.note(self._meter, batch)
             if self._item_weights is not None:
                 self._meter.add("item_weights", items[-1][2])
                 self._meter.add("weighed_items", batch.items.kd.sum())
@@ -231,7 +245,7 @@ class DistillationMixin(LayerTrainingMixin):
         self._step_weights = self._weights(terms)
         # A match is computed while its scheduled weight is 0, too.
         on = {name for name, weight in terms.weights.items() if weight > 0} | {match.name for match in terms.matches}
-        self._term_steps.update(f"loss_{name}" for name in on)
+        self._term_steps.update(f"loss_{name}" for name in on if has_targets or name != "task")
         self._meter.add("labelled", counts.labelled)
         self._meter.add("rows", counts.rows)
         return batches, counts
@@ -285,6 +299,8 @@ class DistillationMixin(LayerTrainingMixin):
                 logs["item_weight"] = totals["item_weights"] / totals["weighed_items"]
             if self._item_weights is not None:
                 logs |= self._item_weights.describe()
+            if self._on_policy is not None:
+                logs |= self._on_policy.describe(totals)
             logs["labelled_fraction"] = totals["labelled"] / totals["rows"]
             self._reset_logs()
         super().log(logs, start_time)

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_distill.alignment import label_order, ordered_classes, shared_vocabulary
+from hf_distill.alignment import label_order, ordered_classes, vocabulary_overlap
 
 NAMES = st.lists(st.text("abcdefgh", min_size=1, max_size=4), min_size=1, max_size=8, unique_by=str.casefold)
 
@@ -79,7 +79,9 @@ def test_a_name_that_stands_twice_is_refused_unless_both_sides_are_equal():
 def test_padding_rows_beyond_the_tokens_are_cut_off(tokens, student_padding, teacher_padding):
     words = {f"w{i}": i for i in range(tokens)}
     sizes = tokens + student_padding, tokens + teacher_padding
-    assert shared_vocabulary(*sizes, student_tokens=words, teacher_tokens=dict(words)) == min(sizes)
+    overlap = vocabulary_overlap(*sizes, student_tokens=words, teacher_tokens=dict(words))
+    assert overlap.classes == (tokens if student_padding != teacher_padding else sizes[0])
+    assert (overlap.student_only, overlap.teacher_only) == ((), ())
 
 
 @given(st.integers(2, 50), st.integers(1, 30), st.booleans())
@@ -87,31 +89,31 @@ def test_rows_that_are_tokens_are_never_cut_off(tokens, missing, of_student):
     words = {f"w{i}": i for i in range(tokens)}
     sizes = [tokens, max(1, tokens - missing)]
     with pytest.raises(ValueError, match=rf"use ids up to {tokens - 1}: so rows beyond {min(sizes)} may be tokens"):
-        shared_vocabulary(*(sizes if of_student else sizes[::-1]), student_tokens=words, teacher_tokens=words)
+        vocabulary_overlap(*(sizes if of_student else sizes[::-1]), student_tokens=words, teacher_tokens=words)
 
 
 @pytest.mark.parametrize(("mine", "theirs", "side"), [(None, {"a": 0}, "student"), ({"a": 0}, None, "teacher")])
 def test_sizes_that_differ_need_both_tokenizers(mine, theirs, side):
     with pytest.raises(ValueError, match=f"the {side}'s tokenizer is not known"):
-        shared_vocabulary(8, 9, student_tokens=mine, teacher_tokens=theirs)
+        vocabulary_overlap(8, 9, student_tokens=mine, teacher_tokens=theirs)
 
 
 def test_equal_sizes_are_trusted_where_a_tokenizer_is_not_known():
-    assert shared_vocabulary(8, 8) == 8
-    assert shared_vocabulary(8, 8, student_tokens={"a": 0}) == 8
+    assert vocabulary_overlap(8, 8).classes == 8
+    assert vocabulary_overlap(8, 8, student_tokens={"a": 0}).is_whole
 
 
 def test_equal_sizes_do_not_hide_other_tokens():
     with pytest.raises(ValueError, match=r"0 shared tokens have another id\. Logits"):
-        shared_vocabulary(8, 8, student_tokens={"a": 0}, teacher_tokens={"b": 0})
+        vocabulary_overlap(8, 8, student_tokens={"a": 0}, teacher_tokens={"b": 0})
     with pytest.raises(ValueError, match=r"1 shared tokens have another id \('a': 0 and 1\)"):
-        shared_vocabulary(8, 8, student_tokens={"a": 0, "b": 2}, teacher_tokens={"a": 1, "b": 2})
+        vocabulary_overlap(8, 8, student_tokens={"a": 0, "b": 2}, teacher_tokens={"a": 1, "b": 2})
 
 
 def test_a_long_difference_is_shortened():
     words = {f"w{i:02}": i for i in range(30)}
     with pytest.raises(ValueError, match=r"only the student has w00, .*w07 and 22 more"):
-        shared_vocabulary(30, 30, student_tokens=words, teacher_tokens={f"x{i}": i for i in range(30)})
+        vocabulary_overlap(30, 30, student_tokens=words, teacher_tokens={f"x{i}": i for i in range(30)})
 
 
 def test_cutting_classes_is_the_softmax_without_them():

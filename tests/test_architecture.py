@@ -20,17 +20,21 @@ MAX_PUBLIC_NAMES = 20
 # A module may import from its own layer and from the layers before it. A new file of the package gets its place here.
 LAYERS = (
     ("words", {"registry", "signals", "features"}),
-    ("pure functions", {"losses", "schedules", "layer_mapping", "alignment", "metrics", "items"}),
+    (
+        "pure functions",
+        {"losses", "schedules", "layer_mapping", "alignment", "metrics", "items", "shared_tokens", "token_alignment"},
+    ),
     ("model surgery", {"models"}),
     (
         "sources and settings",
         {"temperature", "teachers", "config", "presets", "collator", "pairing"}
-        | {"weighting", "phrase_index", "phrases", "row_weights"},
+        | {"weighting", "phrase_index", "phrases", "row_weights", "generation", "text"},
     ),
     (
         "composition",
         {"accounting", "batches", "objective", "task_loss", "fused_terms", "gathering", "matching", "progress"}
-        | {"targets", "objective_checks", "balancing", "temperature_log", "item_weights", "learned", "chunked_terms"},
+        | {"targets", "objective_checks", "balancing", "temperature_log", "item_weights", "learned", "chunked_terms"}
+        | {"sparse_terms"},
     ),
     (
         "glue",
@@ -47,7 +51,8 @@ LAYERS = (
             "histograms",
             "step",
         }
-        | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup", "chunked_step"},
+        | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup", "chunked_step"}
+        | {"adapters", "on_policy", "on_policy_arguments", "text_setup"},
     ),
     ("edges", {"cli", "demo"}),
 )

@@ -31,6 +31,7 @@ OURS = {
     "logit_transform": "standardize",
     "teacher_scale": {"kind": "linear", "from": 0.5, "to": 1.0},
     "item_weights": [{"by": "phrases", "phrases": ["heart attack"], "boost": 0.3}],
+    "token_alignment": "offsets",
     "weight_schedules": {"kd": {"kind": "linear", "from": 1, "to": 0.1}, "hidden": "warmup"},
     "loss_balance": "uncertainty",
     "hidden_weight": 2.0,
@@ -41,6 +42,19 @@ OURS = {
     "preset": "tinybert",
     "teacher_model_init_kwargs": {"dtype": "bfloat16", "revision": "main"},
     "model_init_kwargs": {"attn_implementation": "eager"},
+    "dataset_text_field": "content",
+    "max_length": 512,
+    "truncation_mode": "keep_start",  # keep_end cuts nothing of wrapped rows
+    "packing": True,
+    "packing_strategy": "wrapped",
+    "padding_free": False,  # True leaves nothing to pad
+    "completion_only_loss": False,
+    "assistant_only_loss": True,
+    "pad_to_multiple_of": 8,
+    "lmbda": 0.25,
+    "max_new_tokens": 64,
+    "generation_temperature": 0.8,
+    "generation_kwargs": {"top_p": 0.9},
 }
 RECIPE = {
     "task": {"weight": 0.25},

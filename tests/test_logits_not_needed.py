@@ -28,7 +28,7 @@ def test_the_task_alone_needs_no_logits(tmp_path):
 
 def test_the_logit_term_needs_them_and_says_so(tmp_path):
     student = FusedHeadLlama(llama().config)
-    config = {"task": {"weight": 0.5}, "logits": {"transform": "standardize"}}  # not formed from hidden states
+    config = {"task": {"weight": 0.5}, "logits": {"temperature": {"policy": "flsw"}}}  # not formed from hidden states
     with pytest.raises(ValueError, match="holds no logits"):
         make_trainer(tmp_path, "llama", model=student, distillation_config=config).train()
 

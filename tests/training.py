@@ -60,6 +60,7 @@ _TRAINER_KEYWORDS = {
     "compute_metrics",
     "callbacks",
     "optimizers",
+    "peft_config",
     "preprocess_logits_for_metrics",
 }
 

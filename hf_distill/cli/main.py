@@ -9,7 +9,7 @@ import hf_distill
 
 # Each is a module of this package with DESCRIPTION, `add_arguments(parser)` and `run(arguments)`, which itself imports
 # what is heavy.
-COMMANDS = ("student",)
+COMMANDS = ("student", "generate")
 
 
 def build_parser() -> argparse.ArgumentParser:

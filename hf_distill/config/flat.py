@@ -55,6 +55,7 @@ def with_flat_values(
     logit_transform: str | None = None,
     teacher_scale: Any = None,
     item_weights: Any = None,
+    token_alignment: str | None = None,
     weight_schedules: Any = None,
     loss_balance: Any = None,
 ) -> DistillationConfig:
@@ -77,24 +78,28 @@ def with_flat_values(
         "weight": kd_weight,
         "loss": kd_loss,
         "temperature": _temperature(temperature, temperature_schedule, temperature_final),
-        # Another loss has other options.
-        "options": {**(config.logits.options if kd_loss == config.logits.loss else {}), **(kd_options or {})},
+        "options": {**_options_kept(config.logits, kd_loss), **(kd_options or {})},
     }
     given: dict[str, Any] = {
         "temperature_squared": temperature_squared,
         "transform": logit_transform,
         "teacher_scale": None if teacher_scale is None else read_number_or_schedule(teacher_scale, "teacher_scale"),
         "item_weights": None if item_weights is None else read_item_weights(item_weights),
+        "token_alignment": token_alignment,
     }
-    logits |= {name: value for name, value in given.items() if value is not None}
     changed = replace(
         config,
-        logits=replace(config.logits, **logits),
+        logits=replace(config.logits, **logits, **{name: value for name, value in given.items() if value is not None}),
         task=replace(config.task, weight=task_weight),
         matches=tuple(matches.values()),
         balance=config.balance if loss_balance is None else read_balance(loss_balance),
     )
     return changed if weight_schedules is None else _scheduled(changed, weight_schedules)
+
+
+def _options_kept(term: LogitTerm, loss: str) -> Mapping[str, Any]:
+    """The options of the term, which another loss does not have."""
+    return term.options if loss == term.loss else {}
 
 
 def _temperature(value: Any, schedule: str | None, final: float | None) -> Any:

@@ -25,6 +25,7 @@ from hf_distill.temperature import ScheduledTemperature, TemperaturePolicy, read
 from hf_distill.weighting import ItemWeighting, read_item_weights
 
 TRANSFORMS = ("none", "standardize")
+TOKEN_ALIGNMENTS = ("none", "offsets")
 BALANCES = ("none", "uncertainty", "magnitude")
 
 
@@ -98,6 +99,9 @@ class LogitTerm(Term):
         teacher_scale: > 0, multiplies the teacher's logits; a number or a schedule (Annealing-KD, arXiv:2104.07163).
         temperature_squared: whether the loss is multiplied by T², in value and gradient; some papers leave it out.
         item_weights: what some items weigh more than others; several multiply.
+        token_alignment: `none` where both models read the same tokens; `offsets` between causal language models with
+            other tokenizers: positions that have read the same text are paired, by the columns that
+            `hf_distill.token_alignment.tokenize_for_teacher` makes.
     """
 
     loss: str = "forward_kl"
@@ -110,6 +114,7 @@ class LogitTerm(Term):
     teacher_scale: float | Schedule = 1.0
     temperature_squared: bool = True
     item_weights: tuple[ItemWeighting, ...] = ()
+    token_alignment: str = "none"
 
     def __post_init__(self) -> None:
         check_weight("kd_weight", self.weight)
@@ -130,6 +135,7 @@ class LogitTerm(Term):
                 "{policy: linear, from: 8, to: 2}."
             )
         check_choice("transform (logit_transform)", self.transform, TRANSFORMS)
+        check_choice("token_alignment", self.token_alignment, TOKEN_ALIGNMENTS)
         scale = self.teacher_scale
         lowest = scale.lowest if isinstance(scale, Schedule) else scale
         if not (is_number(lowest) and lowest > 0):

@@ -6,6 +6,7 @@ from hf_distill.losses.base import LOSSES, LossSpec, Reference, masked_sum, regi
 from hf_distill.losses.both_directions import adaptive_kl, symmetric_kl
 from hf_distill.losses.correlations import dist
 from hf_distill.losses.cross_entropies import soft_bce, soft_cross_entropy
+from hf_distill.losses.cross_vocabulary import uld
 from hf_distill.losses.decoupled import dkd, nkd
 from hf_distill.losses.distances import squared_hellinger, tvd
 from hf_distill.losses.divergence import forward_kl, reverse_kl
@@ -68,4 +69,5 @@ __all__ = [
     "symmetric_kl",
     "top_k_kl",
     "tvd",
+    "uld",
 ]

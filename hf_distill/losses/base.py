@@ -47,6 +47,7 @@ class LossSpec:
         compares: of a loss of logits, what they are to it: "classes" (one distribution over them), "labels" (a choice
             of its own each) or "outputs" (plain numbers).
         min_classes: of a loss of logits, with how many classes it begins to say anything; with fewer it is constant.
+        any_classes: of a loss of logits, whether the teacher's classes may be others than the student's.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LossSpec:
     reference: Reference = Reference()
     compares: str = "classes"
     min_classes: int = 1
+    any_classes: bool = False
 
     @property
     def takes_temperature(self) -> bool:
@@ -98,11 +100,13 @@ def register_loss(
     reference: Reference = Reference(),
     compares: str = "classes",
     min_classes: int = 1,
+    any_classes: bool = False,
 ) -> Callable[[LossFunction], LossFunction]:
     """A decorator that enters a function into `LOSSES` and returns it unchanged; arguments as in `LossSpec`."""
 
     def register(function: LossFunction) -> LossFunction:
-        LOSSES.register(name, LossSpec(name, function, feature, item, paper, reference, compares, min_classes))
+        spec = LossSpec(name, function, feature, item, paper, reference, compares, min_classes, any_classes)
+        LOSSES.register(name, spec)
         return function
 
     return register

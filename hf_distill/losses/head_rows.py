@@ -1,7 +1,7 @@
 """Cross-entropy and a divergence of a few rows of two heads' logits, with the gradient written over the student's."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import LOSSES, LossSpec
-from hf_distill.losses.divergence import sum_of_possible
+from hf_distill.losses.head_formulas import Exponentials, Formula, formula_of
 from hf_distill.losses.row_gradient import clear_rows, may_read, row_blocks, rows_per_block
 from hf_distill.signals import LogitFactors
 
@@ -17,13 +17,20 @@ _NO_TARGET = -100
 _LOG_2, _LOG2_E = math.log(2), math.log2(math.e)
 
 
+# (rows, classes) logits of student and teacher -> (rows,) temperatures without a graph.
+ItemTemperature = Callable[[Tensor, Tensor], Tensor]
+
+
 @dataclass(frozen=True)
 class Divergence:
-    """A registered loss of logits that compares position by position, with its options.
+    """A registered loss of logits that compares position by position, with its options and what is done around it.
 
     Attributes:
         spec: the loss; by default `forward_kl`.
         options: its own keywords.
+        transform: of the logits of either side before they are compared, (rows, classes) -> as many; None leaves them.
+        teacher_scale: what the teacher's logits are multiplied by, before the transform.
+        temperature_squared: whether the values keep the temperature² that the loss multiplies them by.
 
     Raises:
         ValueError: a loss of something else, or one that compares items with each other.
@@ -31,6 +38,9 @@ class Divergence:
 
     spec: LossSpec = field(default_factory=lambda: LOSSES.get("forward_kl"))
     options: Mapping[str, Any] = field(default_factory=dict)
+    transform: Callable[[Tensor], Tensor] | None = None
+    teacher_scale: float = 1.0
+    temperature_squared: bool = True
 
     def __post_init__(self) -> None:
         if self.spec.feature != "logits" or self.spec.compares_rows:
@@ -39,12 +49,18 @@ class Divergence:
                 "chunk. Form the logits of all items and call the loss itself."
             )
 
+    @property
+    def formula(self) -> Formula | None:
+        """How it is formed without its function; None where it is not."""
+        return None if self.transform is not None else formula_of(self.spec.name, self.options)
+
     def __call__(self, student: Tensor, teacher: Tensor, *, temperature: Tensor, targets: Tensor) -> Tensor:
-        """(rows,) values of (rows, classes) logits."""
+        """(rows,) values of (rows, classes) logits, scaled and transformed."""
         filled: dict[str, Any] = {"temperature": temperature} if self.spec.takes_temperature else {}
         if self.spec.takes_targets:
             filled["targets"] = targets
-        return self.spec.function(student, teacher, **filled, **self.options)
+        values = self.spec.function(student, teacher, **filled, **self.options)
+        return values if self.temperature_squared else values / temperature.square()
 
 
 class HeadItems(NamedTuple):
@@ -53,9 +69,10 @@ class HeadItems(NamedTuple):
     targets: Tensor
     task: Tensor
     kd: Tensor
-    temperature: Tensor
+    temperature: Tensor  # written, where it is made of the logits
     cross_entropy: Tensor
     divergence: Tensor
+    agreement: Tensor  # bool, written where it is asked for
 
 
 class RowLosses:
@@ -64,15 +81,25 @@ class RowLosses:
     Args:
         divergence: the divergence.
         student: whose scale and softcap the gradient passes.
-        teacher_softcap: of the teacher's logits.
-        one_softmax: whether the temperature is 1 and both have the same classes.
+        teacher: with as many classes as are compared, or more.
+        temperature: as the items have it, or what makes each item's of its logits.
+        agreement: whether to write down where both sides choose the same class.
     """
 
     def __init__(
-        self, divergence: Divergence, student: LogitFactors, teacher_softcap: float | None, *, one_softmax: bool
+        self,
+        divergence: Divergence,
+        student: LogitFactors,
+        teacher: LogitFactors,
+        *,
+        temperature: float | Tensor | ItemTemperature,
+        agreement: bool = False,
     ) -> None:
-        self._divergence, self._one_softmax = divergence, one_softmax
-        self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher_softcap
+        self._divergence, self._formula, self._agreement = divergence, divergence.formula, agreement
+        self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher.softcap
+        self._temperature = temperature if callable(temperature) else None
+        is_one = not (isinstance(temperature, Tensor) or callable(temperature)) and temperature == 1
+        self._one_softmax = is_one and len(student.weight) <= len(teacher.weight)
 
     def walk(self, logits: Tensor, teacher_logits: Tensor, items: HeadItems, direction: Tensor | None) -> None:
         """Writes the values of a chunk's items, and over its logits their gradient before scale.
@@ -83,34 +110,43 @@ class RowLosses:
             items: the items; their values are written.
             direction: (items, classes) in the memory of `logits`, row by row; None where no gradient is asked for.
         """
-        is_kl = self._divergence.spec.name == "forward_kl"
         buffers = 5 if self._softcap is None else 6
         rows = rows_per_block(logits, buffers=buffers, dtype=items.task.dtype)
         scratch = torch.empty(buffers, rows * logits.shape[-1], dtype=items.task.dtype, device=logits.device)
         weights = [items.task * self._scale, items.kd * self._scale]
-        if is_kl:
-            weights[1].mul_(items.temperature)
-        per_item = [items.targets, *weights, items.temperature, items.temperature.reciprocal()]
-        tensors = [logits, teacher_logits, *per_item, items.cross_entropy, items.divergence]
-        for student, teacher, *columns in row_blocks([*tensors, *([] if direction is None else [direction])], rows):
-            out = None if direction is None else columns.pop()
+        columns = [items.targets, *weights, items.temperature, items.temperature.reciprocal(), *items[-3:]]
+        tensors = [logits, teacher_logits, *columns, *([] if direction is None else [direction])]
+        for student, teacher, *rest in row_blocks(tensors, rows):
+            out = None if direction is None else rest.pop()
             slope = None
             if self._softcap is not None:
                 slope = _cap(student, self._softcap, slope=scratch[5])
             if self._teacher_softcap is not None:
                 _cap(teacher, self._teacher_softcap)
-            targets, task, kd, temperature, inverse, cross_entropy, value = columns
-            part = _Rows(student, teacher, targets, task, kd, temperature, inverse, cross_entropy, value, out, scratch)
-            if is_kl:
-                _forward_kl(part, one_softmax=self._one_softmax)
-            else:
-                _apart(part, self._divergence)
+            targets, task, kd, temperature, inverse, cross_entropy, value, agrees = rest
+            values = (cross_entropy, value, agrees)
+            self._block(_Rows(student, teacher, targets, task, kd, temperature, inverse, *values, out, scratch))
             if out is not None and slope is not None:
                 out.mul_(slope)
-        if is_kl:
+        if self._formula is not None and self._divergence.temperature_squared:
             items.divergence.mul_(items.temperature.square())
         items.cross_entropy.masked_fill_(items.task == 0, 0.0)
         items.divergence.masked_fill_(items.kd == 0, 0.0)
+
+    def _block(self, rows: "_Rows") -> None:
+        student, teacher = rows.student[:, : rows.teacher.shape[-1]], rows.teacher
+        if self._agreement:
+            torch.eq(student.argmax(-1, keepdim=True), teacher.argmax(-1, keepdim=True), out=rows.agreement)
+        if self._divergence.teacher_scale != 1:
+            teacher.mul_(self._divergence.teacher_scale)
+        if self._formula is None:
+            _apart(rows, self._divergence, self._temperature)
+            return
+        if self._temperature is not None:
+            rows.soften(self._temperature(student, teacher))
+        # By the logits, those of the softened ones are 1 / temperature as large.
+        weight = rows.temperature if self._divergence.temperature_squared else rows.inverse_temperature
+        _together(rows, self._formula, kd=rows.kd * weight, one_softmax=self._one_softmax)
 
 
 class _Rows(NamedTuple):
@@ -119,29 +155,40 @@ class _Rows(NamedTuple):
     student: Tensor  # (rows, classes)
     teacher: Tensor  # (rows, shared)
     targets: Tensor
-    task: Tensor  # the weight of the cross-entropy's gradient
-    kd: Tensor  # that of the divergence's; of forward KL times the temperature
+    task: Tensor  # the weight of the cross-entropy
+    kd: Tensor  # that of the divergence
     temperature: Tensor
     inverse_temperature: Tensor
     cross_entropy: Tensor  # written
-    divergence: Tensor  # written; of forward KL without temperature²
+    divergence: Tensor  # written; by a formula without temperature²
+    agreement: Tensor
     direction: Tensor | None  # (rows, classes), written
     scratch: Tensor  # (5 or 6, at least rows * classes)
+
+    @property
+    def own_targets(self) -> Tensor:
+        """The targets, and a class where there need not be one."""
+        return self.targets.masked_fill(self.task == 0, 0)
 
     def buffers(self, first: int, like: Tensor, count: int) -> list[Tensor]:
         """Some of the scratch, each in the shape of `like`."""
         return [buffer[: like.numel()].view(like.shape) for buffer in self.scratch[first : first + count]]
 
+    def soften(self, temperature: Tensor) -> None:
+        """Takes (rows,) temperatures over."""
+        self.temperature.copy_(temperature.unsqueeze(-1))
+        torch.reciprocal(self.temperature, out=self.inverse_temperature)
 
-def _forward_kl(rows: _Rows, *, one_softmax: bool) -> None:
-    """Forward KL and cross-entropy, as in `losses.fused`, in fewer passes and without its equality to the bit."""
+
+def _together(rows: _Rows, formula: Formula, *, kd: Tensor, one_softmax: bool) -> None:
+    """The two terms at once; `kd` (rows, 1) is the weight of the gradient by the softened logits."""
     shared = rows.teacher.shape[-1]
     student, exps = rows.buffers(0, rows.student, 2)
-    teacher, teacher_exps = rows.buffers(2, rows.teacher, 2)
+    teacher, teacher_exps, scratch = rows.buffers(2, rows.teacher, 3)
     total = _write_cross_entropy(rows, powers=student, exps=exps)
     student_exps, student_total = exps, total
     if not one_softmax:
-        (student_exps,) = rows.buffers(4, rows.teacher, 1)
+        student_exps = scratch
         if shared < rows.student.shape[-1]:
             (student,) = rows.buffers(0, rows.teacher, 1)
             _write_powers(rows.student[:, :shared], out=student)
@@ -152,28 +199,35 @@ def _forward_kl(rows: _Rows, *, one_softmax: bool) -> None:
         teacher.mul_(rows.inverse_temperature)
     torch.exp2(teacher, out=teacher_exps)
     teacher_total = teacher_exps.sum(-1, keepdim=True)
-    expected = sum_of_possible(teacher.sub_(student).mul_(teacher_exps)).div_(teacher_total)
-    torch.add((student_total / teacher_total).log_(), expected, alpha=_LOG_2, out=rows.divergence)
-    if rows.direction is None:
+    needs_gradient = rows.direction is not None
+    totals = (student_total, teacher_total)
+    result = formula(
+        Exponentials(student, teacher, student_exps, teacher_exps, *totals, scratch, rows.divergence, needs_gradient)
+    )
+    if rows.direction is None or result is None:
         return
-    # The teacher's less the student's probabilities, times the teacher's total: exactly 0 where both agree.
-    difference = teacher_exps.addcmul_(student_exps, teacher_total / student_total, value=-1)
-    clear_rows(difference, rows.kd)
+    gradient, factor = result
+    clear_rows(gradient, rows.kd)
     _write_cross_entropy_gradient(rows, exps, total)
-    difference.mul_((rows.kd / teacher_total).masked_fill_(rows.kd == 0, 0.0))  # the total may be NaN there
+    gradient.mul_((kd * factor).masked_fill_(rows.kd == 0, 0.0))  # a factor may be NaN there
     # Two passes: of three operands, one of them a column, a CPU makes one slow one.
-    torch.sub(exps[:, :shared], difference, out=rows.direction[:, :shared])
+    torch.add(exps[:, :shared], gradient, out=rows.direction[:, :shared])
     rows.direction[:, shared:] = exps[:, shared:]
 
 
-def _apart(rows: _Rows, divergence: Divergence) -> None:
+def _apart(rows: _Rows, divergence: Divergence, temperature: ItemTemperature | None) -> None:
     """The two terms one after the other; the divergence forms its own gradient."""
     shared, direction = rows.teacher.shape[-1], rows.direction
     # A label beyond the shared classes is none to the divergence.
-    targets = rows.targets.masked_fill((rows.task == 0) | (rows.targets >= shared), _NO_TARGET)
+    targets = rows.targets.masked_fill((rows.targets < 0) | (rows.targets >= shared), _NO_TARGET)
     leaf = rows.student[:, :shared].detach().requires_grad_(direction is not None)
     with torch.set_grad_enabled(direction is not None):
-        values = divergence(leaf, rows.teacher, temperature=rows.temperature.squeeze(-1), targets=targets.squeeze(-1))
+        student, teacher = leaf, rows.teacher
+        if divergence.transform is not None:
+            student, teacher = divergence.transform(leaf), divergence.transform(teacher)
+        if temperature is not None:
+            rows.soften(temperature(student.detach(), teacher))
+        values = divergence(student, teacher, temperature=rows.temperature.squeeze(-1), targets=targets.squeeze(-1))
     rows.divergence.copy_(values.detach().unsqueeze(-1))
     gradient = None
     if direction is not None:
@@ -197,14 +251,14 @@ def _write_cross_entropy(rows: _Rows, *, powers: Tensor, exps: Tensor) -> Tensor
     _write_powers(rows.student, out=powers)
     torch.exp2(powers, out=exps)
     total = exps.sum(-1, keepdim=True)
-    torch.sub(total.log(), powers.gather(-1, rows.targets), alpha=_LOG_2, out=rows.cross_entropy)
+    torch.sub(total.log(), powers.gather(-1, rows.own_targets), alpha=_LOG_2, out=rows.cross_entropy)
     return total
 
 
 def _write_cross_entropy_gradient(rows: _Rows, exps: Tensor, total: Tensor) -> None:
     """Writes task * (p - onehot) over `exps`."""
     clear_rows(exps.mul_(rows.task / total), rows.task)
-    exps.scatter_add_(-1, rows.targets, -rows.task)
+    exps.scatter_add_(-1, rows.own_targets, -rows.task)
 
 
 def _write_powers(logits: Tensor, *, out: Tensor) -> None:

@@ -34,13 +34,7 @@ def jsd(
     Source: the skewed divergence of Nielsen 2020, arXiv:1912.00610, divided by beta (1 - beta). Agarwal et al. 2024,
         arXiv:2306.13649, eq. 1, do not divide: see `generalized_jsd`.
     """
-    _check_share("beta", beta, end=1)
-    if beta < _NO_SHARE:
-        return forward_kl(student_logits, teacher_logits, temperature=temperature)
-    if beta == 1:
-        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
-    mixture = _Mixture(beta, 1 - beta, teacher_weight=1 / (1 - beta), student_weight=1 / beta)
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture)
+    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("jsd", beta=beta))
 
 
 @register_loss(
@@ -65,13 +59,7 @@ def generalized_jsd(
     Returns: (...,) float32, 0 where the logits are equal.
     Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, eq. 1; the ends are TRL's.
     """
-    _check_share("beta", beta, end=1)
-    if beta == 0:
-        return forward_kl(student_logits, teacher_logits, temperature=temperature)
-    if beta == 1:
-        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
-    mixture = _Mixture(beta, 1 - beta, teacher_weight=beta, student_weight=1 - beta)
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture)
+    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("generalized_jsd", beta=beta))
 
 
 @register_loss("skewed_kl", feature="logits", item="position", paper="Ko et al. 2024, arXiv:2402.03898", min_classes=2)
@@ -92,11 +80,7 @@ def skewed_kl(
     Returns: (...,) float32, 0 where the logits are equal.
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
-    _check_share("skew", skew, end=0)
-    if skew < _NO_SHARE:
-        return forward_kl(student_logits, teacher_logits, temperature=temperature)
-    mixture = _Mixture(skew, 1 - skew, teacher_weight=1, student_weight=0, spread_weight=-((1 - skew) ** 2))
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture)
+    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("skewed_kl", skew=skew))
 
 
 @register_loss(
@@ -120,20 +104,10 @@ def skewed_reverse_kl(
     Returns: (...,) float32, 0 where the logits are equal.
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
-    _check_share("skew", skew, end=0)
-    if skew < _NO_SHARE:
-        return reverse_kl(student_logits, teacher_logits, temperature=temperature)
-    mixture = _Mixture(1 - skew, skew, teacher_weight=0, student_weight=1, spread_weight=skew * (1 - skew))
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture)
+    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("skewed_reverse_kl", skew=skew))
 
 
-def _check_share(name: str, share: float, *, end: int) -> None:
-    """Refuses what is no share of a mixture; whether 1 is one, `end` says."""
-    if not (0 <= share < 1 or share == end):
-        raise ValueError(f"{name} is {share}; expected a number in [0, 1{']' if end else ')'}.")
-
-
-class _Mixture(NamedTuple):
+class Mixture(NamedTuple):
     """teacher_weight KL(teacher || m) + student_weight KL(student || m), m the mixture by the shares, which sum to 1.
 
     Shares come in pairs because 1 - share is not exact in float32 where the share is near 1.
@@ -148,14 +122,44 @@ class _Mixture(NamedTuple):
     spread_weight: float = 0.0
 
 
+def mixture_of(name: str, *, beta: float = 0.5, skew: float = 0.1) -> Mixture | str:
+    """What a divergence of this file comes down to: a mixture, or at an end of its option the name of that KL.
+
+    Args:
+        name: `jsd`, `generalized_jsd`, `skewed_kl` or `skewed_reverse_kl`.
+        beta: of the first two.
+        skew: of the others.
+
+    Raises:
+        ValueError: the option is no share of a mixture.
+    """
+    option, share = ("skew", skew) if name.startswith("skewed") else ("beta", beta)
+    if not (0 <= share < 1 or (share == 1 and option == "beta")):
+        raise ValueError(f"{option} is {share}; expected a number in [0, 1{')' if option == 'skew' else ']'}.")
+    if share == 1:
+        return "reverse_kl"
+    if share < _NO_SHARE and not (name == "generalized_jsd" and share > 0):
+        return "reverse_kl" if name == "skewed_reverse_kl" else "forward_kl"
+    if name == "jsd":
+        return Mixture(beta, 1 - beta, teacher_weight=1 / (1 - beta), student_weight=1 / beta)
+    if name == "generalized_jsd":
+        return Mixture(beta, 1 - beta, teacher_weight=beta, student_weight=1 - beta)
+    if name == "skewed_kl":
+        return Mixture(skew, 1 - skew, teacher_weight=1, student_weight=0, spread_weight=-((1 - skew) ** 2))
+    return Mixture(1 - skew, skew, teacher_weight=0, student_weight=1, spread_weight=skew * (1 - skew))
+
+
 def _mixture_divergence(
-    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, mixture: _Mixture
+    student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, mixture: Mixture | str
 ) -> Tensor:
+    if isinstance(mixture, str):
+        end = forward_kl if mixture == "forward_kl" else reverse_kl
+        return end(student_logits, teacher_logits, temperature=temperature)
     formula = functools.partial(_mixture_block, mixture=mixture)
     return softened_divergence(student_logits, teacher_logits, temperature, formula)
 
 
-def _mixture_block(block: Softened, *, mixture: _Mixture) -> Tensor | None:
+def _mixture_block(block: Softened, *, mixture: Mixture) -> Tensor | None:
     """The formula.
 
     With v = (p_t - p_s) / m the ratios are p_t / m = 1 + student_share v and p_s / m = 1 - teacher_share v, so that

@@ -62,16 +62,20 @@ def same_layers(
 
 
 def _weights(layer: nn.Module) -> dict[str, Tensor]:
-    """The matrices of a layer by name; vectors begin as zeros and ones in every model."""
-    return {name: value.detach() for name, value in layer.named_parameters() if value.dim() > 1}
+    """The matrices of a layer by the names they have without adapters, but for those that torchao holds quantised.
+
+    Vectors begin as zeros and ones in every model.
+    """
+    named = [(name.replace(".base_layer", ""), value.detach()) for name, value in layer.named_parameters()]
+    return {name: value for name, value in named if value.dim() > 1 and type(value.data) is Tensor}
 
 
 def _is_same(student: dict[str, Tensor], teacher: dict[str, Tensor]) -> bool:
-    if not student or [*student] != [*teacher]:
+    if not teacher or not {*teacher} <= {*student}:  # a student has those of its adapters too
         return False
     return all(
-        value.shape == teacher[name].shape and bool((value == teacher[name].to(value)).all())
-        for name, value in student.items()
+        value.shape == student[name].shape and bool((student[name] == value.to(student[name])).all())
+        for name, value in teacher.items()
     )
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -26,11 +27,22 @@ def weights_fingerprint(model: nn.Module) -> str:
     for name, value in sorted(model.state_dict().items()):
         if not isinstance(value, Tensor):
             continue
-        flat = value.detach().reshape(-1)
-        sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
-        digest.update(sample.view(torch.uint8).numpy().tobytes())
+        for part in _parts(value.detach()):
+            flat = part.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLES)].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _parts(value: Tensor) -> Iterator[Tensor]:
+    """The plain tensors that one is made of: itself, or of a quantised weight its values, scales and zero points."""
+    flatten = getattr(value, "__tensor_flatten__", None)
+    if flatten is None:
+        yield value
+    else:
+        for name in flatten()[0]:
+            yield from _parts(getattr(value, name))
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:

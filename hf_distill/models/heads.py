@@ -178,3 +178,9 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
         config = head.config
         return {"decoder_input_ids": shift(labels, config.pad_token_id, config.decoder_start_token_id)}
     return {"labels": labels}
+
+
+def context_length(model: nn.Module) -> int | None:
+    """The tokens that a language model reads and writes at most, as its config says; None where it says nothing."""
+    config = task_model(model).config.get_text_config(decoder=True)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)

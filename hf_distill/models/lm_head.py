@@ -164,9 +164,11 @@ class HeadTap:
         # With its graph, of which DDP learns which weights are used.
         return (inputs[0][:, self._window], *inputs[1:])
 
-    def _after(self, head: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if self._run is not None and self._hidden is not None:
-            self.result = self._run(self._factors(self._hidden))
+    def _after(self, head: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
+        if self._run is None or self._hidden is None:
+            return None
+        self.result = self._run(self._factors(self._hidden))
+        return _EndOfGradient.apply(output) if isinstance(output, Tensor) else None
 
 
 class _Hook:
@@ -182,6 +184,22 @@ class _Hook:
     def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
         # Of `copy.deepcopy` too: the model would otherwise be copied with the tap.
         return _Hook, ()
+
+
+class _EndOfGradient(torch.autograd.Function):
+    """The same tensor with its graph, which DDP reads, and without its gradient.
+
+    FSDP2 waits at a module's outputs for the backward to begin: whatever else the loss is made of, it has to depend on
+    them. What comes back to the few logits is 0, and would be multiplied by the whole head.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor) -> Tensor:
+        return output.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> None:
+        return None
 
 
 def _find_head(model: Any) -> tuple[nn.Module | None, str | None]:

@@ -1,15 +1,18 @@
 """Where the teacher's signals come from. A teacher is anything that turns inputs into a `TeacherOutput`."""
 
-from hf_distill.teachers.base import FactoredTeacher, RecordingTeacher, Teacher
+from hf_distill.teachers.base import FactoredTeacher, RecordingTeacher, SparseTeacher, Teacher
 from hf_distill.teachers.loading import load_student, load_teacher
 from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher, in_eval_mode
+from hf_distill.teachers.sparse import TopKTeacher
 
 __all__ = [
     "AdapterOffTeacher",
     "FactoredTeacher",
     "LocalTeacher",
     "RecordingTeacher",
+    "SparseTeacher",
     "Teacher",
+    "TopKTeacher",
     "in_eval_mode",
     "load_student",
     "load_teacher",

@@ -65,3 +65,22 @@ class FactoredTeacher(Teacher, Protocol):
     def gives_factors(self) -> bool:
         """Whether it can, as far as is known."""
         ...
+
+
+@runtime_checkable
+class SparseTeacher(Teacher, Protocol):
+    """A teacher whose outputs hold `sparse` in place of logits, as a cache or a server: what it gives is known before.
+
+    One that does not say so may give it too; it is then found out in the first step what cannot be learned from it,
+    and a language model's logits are formed.
+    """
+
+    @property
+    def sparse_k(self) -> int:
+        """How many classes of an item it names."""
+        ...
+
+    @property
+    def sparse_temperature(self) -> float:
+        """The temperature of its log-probabilities."""
+        ...

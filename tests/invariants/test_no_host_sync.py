@@ -8,6 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
+from hf_distill.chunked_terms import KeptPlaces
 from tests import tiny
 from tests.invariants.objective_cases import EXACT_TEMPERATURES, WEIGHTS, losses_and_heads, weighted_rows
 from tests.invariants.test_layer_exactness import BATCH_SCOPED, ITEM_SCOPED, config, rows_of
@@ -94,8 +95,42 @@ def test_what_changes_from_item_to_item_waits_no_more_than_the_models_do(name, s
     assert reads_of_a_step(student, teacher, weighted_rows(name, 4), tmp_path, monkeypatch, **settings) == {}
 
 
-def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings):
-    """What a step of two micro-batches reads beyond the forwards of its two models."""
+FROM_HIDDEN_STATES = [
+    {},
+    {"task_weight": 0.0},
+    {"kd_loss": "jsd", "temperature": 1.0},
+    {"kd_loss": "dkd", "logit_transform": "standardize"},
+    {"kd_loss": "reverse_kl", "temperature": EXACT_TEMPERATURES["disagreement"], "teacher_scale": 0.5},
+    {"temperature": EXACT_TEMPERATURES["loss"], "item_weights": WEIGHTS["rows"], "hidden_weight": 1.0},
+]
+
+
+@pytest.mark.parametrize("settings", FROM_HIDDEN_STATES, ids=str)
+@pytest.mark.parametrize("name", ["llama", "t5", "bert-masked"])
+def test_a_step_from_hidden_states_asks_for_nothing_but_where_its_items_are(name, settings, tmp_path, monkeypatch):
+    student, teacher = tiny.pair(name)
+    reads = reads_of_a_step(student, teacher, weighted_rows(name, 4), tmp_path, monkeypatch, chunked=True, **settings)
+    assert reads == {"nonzero": 2}  # once a micro-batch; a device has been asked before, as the next test has it
+
+
+def test_where_the_items_are_is_asked_before_the_teacher_has_work_and_read_after(tmp_path, monkeypatch):
+    order = []
+    asks, reads = KeptPlaces.__init__, KeptPlaces.places
+    monkeypatch.setattr(KeptPlaces, "__init__", lambda self, mask: order.append("asked") or asks(self, mask))
+    monkeypatch.setattr(KeptPlaces, "places", lambda self: order.append("read") or reads(self))
+    student, teacher = tiny.pair("llama")
+    trainer = step_trainer(student, teacher, tiny.rows("causal", 4), tmp_path, chunked=True)
+    student.train()
+    (first, second) = trainer.get_train_dataloader()
+    trainer.compute_loss(student, first)  # decides, once a run, whether the terms may be formed so
+    order.clear()
+    teacher.register_forward_hook(lambda *_: order.append("teacher"))
+    trainer.compute_loss(student, second)
+    assert order == ["asked", "teacher", "read"]
+
+
+def step_trainer(student, teacher, data, tmp_path, *, chunked, **settings):
+    """A trainer of steps of two micro-batches, ready for the first."""
     args = DistillationTrainingArguments(
         tmp_path,
         report_to="none",
@@ -106,6 +141,14 @@ def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings):
     )
     trainer = DistillationTrainer(student, args, teacher_model=teacher, train_dataset=data)
     trainer._start_layers()
+    if chunked:
+        trainer._chunked.attach(student)
+    return trainer
+
+
+def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, *, chunked=False, **settings):
+    """What a step of two micro-batches reads beyond the forwards of its two models."""
+    trainer = step_trainer(student, teacher, data, tmp_path, chunked=chunked, **settings)
     batches = [*trainer.get_train_dataloader()]
     student.train()
     trainer.compute_loss(student, batches[1])  # the first batch decides, once a run, whether the terms may be fused
@@ -121,7 +164,7 @@ def reads_of_a_step(student, teacher, data, tmp_path, monkeypatch, **settings):
             with torch.no_grad():
                 teacher(**{name: value for name, value in inputs.items() if decodes or name != "labels"})
     with _Reads() as step:
-        windows, counts = trainer.get_batch_samples(iter(batches), 2, args.device)
+        windows, counts = trainer.get_batch_samples(iter(batches), 2, trainer.args.device)
         for batch in windows:
             trainer.compute_loss(student, batch, num_items_in_batch=counts)
     return step.counts - floor.counts

@@ -10,6 +10,7 @@ from hf_distill import DistillationTrainer, DistillationTrainingArguments
 from tests.invariants.steps import assert_same_steps, longer, recorded, step_options
 from tests.tiny import VOCABULARY, ZOO, llama, mixtral, pair, rows
 
+SOFT = {"policy": "adaptive", "signal": "disagreement", "min": 0.5, "max": 3}
 HEADS = ("llama", "gpt2", "t5", "bart", "whisper", "bert-masked")
 
 
@@ -24,16 +25,16 @@ def trainer_of(name, tmp_path, batch=4, accumulation=2, *, models=None, data=Non
 
 
 def run(trainer, monkeypatch, *, chunked):
-    """A recorded training, with a check of which way its terms were formed."""
+    """A recorded training, with a check of which way its terms were formed; None lets it choose the logits."""
     ways = {"_chunked_shares": [], "_dense_shares": []}
     for way, calls in ways.items():
         method = getattr(trainer, way)
         monkeypatch.setattr(trainer, way, lambda *a, c=calls, m=method, **k: c.append(1) or m(*a, **k))
-    if not chunked:
-        monkeypatch.setattr(trainer, "_can_be_chunked", lambda batch, terms: False)
+    if chunked is False:
+        monkeypatch.setattr(trainer, "_can_be_chunked", lambda *_, **__: False)
     found = recorded(trainer)
-    assert bool(ways["_chunked_shares"]) == chunked
-    assert bool(ways["_dense_shares"]) != chunked
+    assert bool(ways["_chunked_shares"]) == bool(chunked)
+    assert bool(ways["_dense_shares"]) != bool(chunked)
     return found
 
 
@@ -52,6 +53,40 @@ def run(trainer, monkeypatch, *, chunked):
 def test_gradients_and_logs_are_those_of_the_logits(name, options, tmp_path, monkeypatch):
     reference = run(trainer_of(name, tmp_path, **options), monkeypatch, chunked=False)
     assert_same_steps(run(trainer_of(name, tmp_path, **options), monkeypatch, chunked=True), reference)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert-masked"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": SOFT},
+        {"temperature": SOFT, "kd_loss": "tvd"},
+        {"logit_transform": "standardize"},
+        {"logit_transform": "standardize", "temperature": SOFT, "kd_loss": "jsd"},
+        {"teacher_scale": {"kind": "linear", "from": 0.2, "to": 1}, "kd_loss": "reverse_kl"},
+        {"temperature": 3.0, "distillation_config": {"logits": {"temperature_squared": False}}},
+        {
+            "temperature": SOFT,
+            "kd_loss": "skewed_kl",
+            "distillation_config": {"logits": {"temperature_squared": False}},
+        },
+        {"kd_loss": "tvd", "distillation_config": {"logits": {"temperature_squared": False}}},
+        {"kd_loss": "dkd", "task_weight": 0.0},
+    ],
+    ids=str,
+)
+def test_so_are_temperatures_of_items_and_what_is_done_to_the_logits(name, options, tmp_path, monkeypatch):
+    runs = [run(trainer_of(name, tmp_path, **options), monkeypatch, chunked=way) for way in (True, False)]
+    assert_same_steps(*runs)
+    for log, expected in zip(*(each.logs for each in runs), strict=True):
+        shown = {name: value for name, value in expected.items() if name.startswith("temperature")}
+        assert shown
+        assert {name: log.get(name) for name in shown} == pytest.approx(shown, rel=1e-5)
+
+
+@pytest.mark.parametrize("options", [{"temperature": "flsw"}, {"temperature": "learned"}], ids=str)
+def test_a_temperature_that_needs_all_items_or_trains_keeps_the_logits(options, tmp_path, monkeypatch):
+    run(trainer_of("llama", tmp_path, **options), monkeypatch, chunked=None)
 
 
 @pytest.mark.parametrize("split", [(8, 1), (4, 2), (1, 8)])
@@ -105,7 +140,7 @@ def test_an_auxiliary_loss_keeps_the_logits(tmp_path, monkeypatch):
     assert said == [f"Logits of tokens x vocabulary are formed: {trainer._chunked.reason}."]
 
 
-class _Largest(TorchDispatchMode):
+class Largest(TorchDispatchMode):
     """The most entries that a tensor with the vocabulary as its last dimension had."""
 
     rows = 0
@@ -123,7 +158,7 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(name, tmp_path, monkeypatch):
     monkeypatch.setattr("hf_distill.losses.chunked_head._SMALLEST_CHUNK", 4)
     monkeypatch.setattr("hf_distill.losses.chunked_head._CPU_CHUNK_BYTES", 1)
     trainer = trainer_of(name, tmp_path, 8, 1)
-    with _Largest() as largest:
+    with Largest() as largest:
         trainer.train()
     tokens = sum(row["labels"].numel() for row in rows(ZOO[name][1]))
     assert 0 < largest.rows < tokens  # the most are the rows of a head's weight, transposed

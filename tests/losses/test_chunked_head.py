@@ -9,6 +9,7 @@ from hf_distill.losses import LOSSES, chunked_head
 from hf_distill.losses.chunked_head import chunked_head_loss
 from hf_distill.losses.fused import cross_entropy_and_forward_kl
 from hf_distill.losses.head_rows import Divergence
+from hf_distill.losses.transforms import standardize
 from hf_distill.signals import LogitFactors
 from tests.losses.variants import variants
 
@@ -60,13 +61,24 @@ class Case:
         shared = min(student.shape[-1], teacher.shape[-1])
         targets = self.targets.masked_fill(self.task == 0, 0)
         cross_entropy = F.cross_entropy(student.flatten(0, -2), targets.flatten(), reduction="none").view(ITEMS)
-        labels = targets.masked_fill((self.task == 0) | (targets >= shared), -100)
-        temperature = torch.as_tensor(self.temperature).expand(ITEMS)
-        value = (divergence or Divergence())(
-            student[..., :shared], teacher[..., :shared], temperature=temperature, targets=labels
-        )
+        labels = self.targets.masked_fill((self.targets < 0) | (self.targets >= shared), -100)
+        divergence = divergence or Divergence()
+        compared = [student[..., :shared], teacher[..., :shared] * divergence.teacher_scale]
+        if divergence.transform is not None:
+            compared = [(side - side.mean(-1, keepdim=True)) / side.std(-1, keepdim=True) for side in compared]
+        found = self.temperature
+        temperature = found(*compared).detach() if callable(found) else torch.as_tensor(found).expand(ITEMS)
+        self.temperatures = temperature.double()
+        value = divergence.spec.function(*compared, **keywords_of(divergence, temperature, labels))
+        if not divergence.temperature_squared:
+            value = value / temperature**2
         cross_entropy, value = cross_entropy * (self.task > 0), value * (self.kd > 0)
         return (self.task * cross_entropy + self.kd * value).sum(), cross_entropy, value
+
+
+def keywords_of(divergence, temperature, labels):
+    filled = {"temperature": temperature} if divergence.spec.takes_temperature else {}
+    return {**divergence.options, **filled, **({"targets": labels} if divergence.spec.takes_targets else {})}
 
 
 def _doubled(side):
@@ -80,7 +92,7 @@ def gradients(case, loss, incoming=1.0):
 
 
 def assert_equal(case, divergence=None, tolerance=1e-5, incoming=1.0, **options):
-    results, expected = case.chunked(divergence, **options), case.dense(divergence)
+    results, expected = case.chunked(divergence, **options)[:3], case.dense(divergence)
     pairs = list(zip(results, expected, strict=True))
     pairs += zip(gradients(case, results[0], incoming), gradients(case, expected[0], incoming), strict=True)
     for found, wanted in pairs:
@@ -130,7 +142,7 @@ def test_an_item_that_counts_in_neither_term_may_hold_anything(name, small_chunk
 
 def test_a_batch_in_which_nothing_counts_is_0_and_has_a_graph():
     case = Case(masked=2.0)
-    loss, *values = case.chunked()
+    loss, *values = case.chunked()[:3]
     assert loss == 0
     assert not any(value.any() for value in values)
     assert not any(gradient.any() for gradient in gradients(case, loss))
@@ -161,7 +173,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_memory(small_chunks, monkeypatch)
 def test_without_gradients_there_is_no_graph():
     case = Case()
     with torch.no_grad():
-        results = case.chunked()
+        results = case.chunked()[:4]
     assert not any(result.requires_grad for result in results)
     torch.testing.assert_close(results[0], case.chunked()[0].detach())
 
@@ -208,6 +220,60 @@ def test_autocast_chooses_the_dtype_of_the_products(small_chunks):
     for gradient, wanted in zip(found, expected, strict=True):
         assert gradient.dtype == torch.float32
         assert 1e-5 < float((gradient - wanted).norm() / wanted.norm()) < 5e-2
+
+
+def test_autocast_to_float16_is_refused():
+    with torch.autocast("cpu", dtype=torch.float16), pytest.raises(ValueError, match="Autocast asks for float16"):
+        Case().chunked()
+
+
+def doubt(student, teacher):
+    """A temperature that hangs on both sides."""
+    return 1 + teacher.softmax(-1).amax(-1) + 2 * student.softmax(-1).amax(-1)
+
+
+AROUND = [
+    {},
+    {"teacher_scale": 0.3},
+    {"temperature_squared": False},
+    {"transform": standardize},
+    {"transform": standardize, "teacher_scale": 0.3, "temperature_squared": False},
+]
+
+
+@pytest.mark.parametrize("temperature", [2.0, doubt], ids=["of all", "of each"])
+@pytest.mark.parametrize("around", AROUND, ids=lambda around: "-".join(around))
+@pytest.mark.parametrize("options", [{}, {"shared": 17, "softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("name", ["forward_kl", "skewed_reverse_kl", "dkd", "tvd"])
+def test_temperatures_of_the_logits_and_what_is_done_to_them(name, options, around, temperature, small_chunks):
+    case, divergence = Case(temperature=temperature, **options), Divergence(LOSSES.get(name), **around)
+    assert_equal(case, divergence)
+    kept = (case.task > 0) | (case.kd > 0)
+    found = torch.where(kept, case.chunked(divergence).temperature, 0.0)
+    torch.testing.assert_close(found.double(), torch.where(kept, case.temperatures, 0.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shared", [23, 17])
+@pytest.mark.parametrize("masked", [0.0, 0.4])
+def test_agreement_is_that_of_the_largest_logits_of_the_shared_classes(masked, shared, small_chunks):
+    case = Case(masked=masked, shared=shared)
+    with torch.no_grad():
+        case.student.bias.mul_(3)
+        case.teacher.bias.copy_(case.student.bias[:shared])
+        expected = case.student.dense()[..., :shared].argmax(-1) == case.teacher.dense().argmax(-1)
+        found = case.chunked(agreement=True).agreement
+    kept = (case.task > 0) | (case.kd > 0)
+    assert torch.equal(found, expected & kept)
+    assert found.any()
+    assert not (found | ~kept).all()
+    assert case.chunked().agreement is None
+
+
+def test_labels_reach_a_divergence_where_the_task_weighs_nothing():
+    case = Case(masked=0.0)
+    case.task.zero_()
+    case.targets[0] = -100
+    assert_equal(case, Divergence(LOSSES.get("dkd")))
 
 
 @pytest.mark.parametrize("name", ["dist", "hidden_mse"])

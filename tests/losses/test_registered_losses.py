@@ -288,8 +288,9 @@ def test_only_the_student_gets_a_gradient(loss):
 
 @every_loss
 def test_logits_of_other_shapes_are_refused(loss):
-    with pytest.raises(ValueError, match=r"\(2, 5\), teacher_logits \(2, 7\).*Align"):
-        loss.function(torch.zeros(2, 5), torch.zeros(2, 7))
+    other = (3, 5) if loss.spec.any_classes else (2, 7)
+    with pytest.raises(ValueError, match=rf"\(2, 5\), teacher_logits {re.escape(str(other))}.*Align"):
+        loss.function(torch.zeros(2, 5), torch.zeros(other))
     for shape in ((2, 0), ()):
         with pytest.raises(ValueError, match="at least one class"):
             loss.function(torch.zeros(shape), torch.zeros(shape))

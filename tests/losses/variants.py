@@ -96,6 +96,13 @@ def decided(spec, case):
     vanishing = (case.teacher == -torch.inf) & (student > 1e-46) & (student < 1e-37)
     if spec.name == "tvd":
         vanishing |= (student - teacher).abs() < 2e-6 * student
+    if spec.name == "uld":
+        # Which class has a rank is open where two of the student's probabilities are as good as equal.
+        ranked, taught = (probabilities.sort(-1, descending=True).values for probabilities in (student, teacher))
+        vanishing |= (ranked - taught).abs() < 2e-6 * ranked
+        signs = (ranked - taught).sign()
+        close = ranked.diff().abs() < 2e-6 * ranked[..., 1:]
+        vanishing[..., 1:] |= close & (signs.diff() != 0)
     if spec.name == "adaptive_kl":  # what lies in the head is a share of this
         vanishing |= (student - teacher).abs().sum(-1, keepdim=True) < 1e-6
     return ~vanishing.any(-1)

@@ -128,6 +128,18 @@ def tvd(student_logits, teacher_logits, temperature=1.0):
     return _times_square(temperature, torch.nn.functional.l1_loss(student, teacher, reduction="none").sum(-1) / 2)
 
 
+def uld(student_logits, teacher_logits, temperature=1.0):
+    """Where all classes are equally far apart: the mass to be moved both ways between two ranked lists."""
+    ranked = []
+    width = max(student_logits.shape[-1], teacher_logits.shape[-1])
+    for logits in (student_logits, teacher_logits):
+        probabilities = _log_probabilities(logits, temperature).exp()
+        best = probabilities.topk(probabilities.shape[-1], dim=-1).values
+        ranked.append(torch.cat([best, best.new_zeros(*best.shape[:-1], width - best.shape[-1])], -1))
+    student, teacher = ranked
+    return _times_square(temperature, torch.nn.functional.l1_loss(student, teacher, reduction="none").sum(-1))
+
+
 def squared_hellinger(student_logits, teacher_logits, temperature=1.0):
     """1 less the Bhattacharyya coefficient."""
     student, teacher = _possible_to_either(

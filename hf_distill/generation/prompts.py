@@ -1,0 +1,173 @@
+"""The prompts a teacher answers: read from a file, a folder, the Hub or memory, each once, none too long."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, load_dataset, load_from_disk
+
+# A text, or a conversation: messages of {"role": ..., "content": ...}.
+Prompt = str | list[dict[str, Any]]
+
+COLUMNS = ("prompt", "messages", "text")
+_LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_ROWS_AT_A_TIME = 1000
+_ROWS_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts to answer, in the order of their rows.
+
+    Attributes:
+        rows: data set of the rows whose prompts are answered.
+        column: their column.
+        fingerprint: hash of all of them, in order.
+        counts: how many rows there were, and how many were left out for which reason.
+    """
+
+    rows: Dataset
+    column: str
+    fingerprint: str
+    counts: dict[str, int]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, start: int, stop: int) -> list[Prompt]:
+        """The prompts from `start` to before `stop`."""
+        prompts = (as_prompt(value) for value in self.rows[start:stop][self.column])
+        return [prompt for prompt in prompts if prompt is not None]
+
+
+def read_prompts(
+    source: str | os.PathLike | Sequence[Prompt] | Dataset, *, split: str, dataset_config: str | None
+) -> Dataset:
+    """The data set that holds the prompts.
+
+    Args:
+        source: a file (txt, csv, json, jsonl, parquet), a folder, a name on the Hub, a data set, or the prompts.
+        split: of a source that has splits; `train[:1000]` takes a part.
+        dataset_config: name of the configuration, for a source with several.
+
+    Raises:
+        ValueError: the source has no such split.
+    """
+    if isinstance(source, Dataset):
+        return source
+    if not isinstance(source, str | os.PathLike):
+        return Dataset.from_dict({"prompt": list(source)})
+    path = Path(source)
+    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
+        saved = load_from_disk(str(path))
+        if isinstance(saved, Dataset):
+            return saved
+        if split not in saved:
+            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(saved)}.")
+        return saved[split]
+    if path.suffix in _LOADERS:
+        return load_dataset(_LOADERS[path.suffix], data_files=str(path), split=split)
+    return load_dataset(os.fspath(source), dataset_config, split=split)
+
+
+def as_prompt(value: Any) -> Prompt | None:
+    """The prompt in a cell: a text, or a conversation without its last answer; None where there is nothing to answer.
+
+    Raises:
+        TypeError: the cell holds neither.
+    """
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return value if value.strip() else None
+    if isinstance(value, list) and all(isinstance(turn, dict) and "role" in turn for turn in value):
+        turns = value[:-1] if value and value[-1]["role"] == "assistant" else value
+        return turns or None
+    raise TypeError(f"{value!r:.80} is neither a text nor a list of messages with a role")
+
+
+def choose_prompts(
+    rows: Dataset,
+    column: str | None,
+    *,
+    encode: Callable[[list[Prompt]], list[list[int]]],
+    max_tokens: int | None,
+    skip_long_prompts: bool,
+) -> Prompts:
+    """The prompts to answer: what is empty or came before is left out, and counted.
+
+    Args:
+        rows: the data set.
+        column: of the prompts; None for the first there is of `prompt`, `messages` and `text`.
+        encode: gives the tokens of prompts.
+        max_tokens: length of a prompt at most; None for any.
+        skip_long_prompts: leave out longer ones.
+
+    Raises:
+        ValueError: no such column, no prompts, or one that is too long.
+        TypeError: a cell that holds no prompt.
+    """
+    column = _column(rows, column)
+    kept: list[int] = []
+    too_long: list[tuple[int, int]] = []
+    whole = hashlib.sha256()
+    counts = {"rows": len(rows), "empty": 0, "repeated": 0, "too_long": 0, "prompts": 0, "prompt_tokens": 0}
+    for found in _once(rows, column, counts):
+        lengths = [len(ids) for ids in encode([prompt for _, _, prompt in found])]
+        for (row, digest, _), length in zip(found, lengths, strict=True):
+            if length == 0:
+                counts["empty"] += 1
+            elif max_tokens is not None and length > max_tokens:
+                too_long.append((row, length))
+            else:
+                kept.append(row)
+                whole.update(digest)
+                counts["prompt_tokens"] += length
+    if too_long and not skip_long_prompts:
+        named = ", ".join(f"row {row} ({length} tokens)" for row, length in too_long[:_ROWS_NAMED])
+        raise ValueError(
+            f"Prompts have more than the {max_tokens} tokens that leave room for an answer in the teacher's window: "
+            f"{named}{f' and {len(too_long) - _ROWS_NAMED} more' if len(too_long) > _ROWS_NAMED else ''}. Shorten "
+            "them, lower max_new_tokens, or leave them out with skip_long_prompts."
+        )
+    if not kept:
+        raise ValueError(
+            f"There is nothing to answer: of {len(rows)} rows, {counts['empty']} have an empty {column!r} and "
+            f"{len(too_long)} are too long for the teacher."
+        )
+    counts |= {"too_long": len(too_long), "prompts": len(kept)}
+    return Prompts(rows.select(kept), column, whole.hexdigest()[:16], counts)
+
+
+def _once(rows: Dataset, column: str, counts: dict[str, int]) -> Iterator[list[tuple[int, bytes, Prompt]]]:
+    """Row, hash and prompt of each prompt's first row, some at a time; counts the rows that are left out."""
+    seen: set[bytes] = set()
+    for start in range(0, len(rows), _ROWS_AT_A_TIME):
+        found: list[tuple[int, bytes, Prompt]] = []
+        for row, value in enumerate(rows[start : start + _ROWS_AT_A_TIME][column], start):
+            try:
+                prompt = as_prompt(value)
+            except TypeError as error:
+                raise TypeError(f"Row {row} of the prompts: {error}. Choose another column than {column!r}.") from None
+            digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
+            if prompt is None:
+                counts["empty"] += 1
+            elif digest in seen:
+                counts["repeated"] += 1
+            else:
+                seen.add(digest)
+                found.append((row, digest, prompt))
+        if found:
+            yield found
+
+
+def _column(rows: Dataset, column: str | None) -> str:
+    found = next((name for name in (COLUMNS if column is None else (column,)) if name in rows.column_names), None)
+    if found is None:
+        wanted = f"no column {column!r}" if column else f"none of the columns {', '.join(COLUMNS)}"
+        raise ValueError(f"The prompts have {wanted}; there are: {', '.join(rows.column_names)}. Choose with column.")
+    return found

@@ -1,0 +1,120 @@
+"""Divergences of a few rows from what a softmax is made of, in place and in few passes, for a chunked head.
+
+They are those of `losses.divergence` and `losses.mixtures`, in fewer passes and without their equality to the bit.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from hf_distill.losses.divergence import sum_of_possible
+from hf_distill.losses.mixtures import Mixture, mixture_of
+from hf_distill.losses.row_gradient import clear_rows
+
+_LOG_2 = math.log(2)
+# With larger shares the rounding of 1 + w is lost in that of w, and a CPU's log takes a third of log1p's time.
+_SMALL_SHARE = 1 / 16
+_MIXTURES = ("jsd", "generalized_jsd", "skewed_kl", "skewed_reverse_kl")
+
+
+class Exponentials(NamedTuple):
+    """A block of rows as a formula gets it; every tensor but `student_exps` may be written over."""
+
+    student: Tensor  # (rows, classes) softened logits to base 2, the largest of each row about 0
+    teacher: Tensor  # as `student`
+    student_exps: Tensor  # (rows, classes) 2 ** student
+    teacher_exps: Tensor  # (rows, classes) 2 ** teacher
+    student_total: Tensor  # (rows, 1) the sums of `student_exps`
+    teacher_total: Tensor  # (rows, 1) the sums of `teacher_exps`
+    scratch: Tensor  # (rows, classes); may be `student_exps`, where a formula has read it for the last time
+    value: Tensor  # (rows, 1), to be written
+    needs_gradient: bool
+
+
+# Writes the value of every row and returns, where it is needed, (rows, classes) in a tensor of the block and a factor
+# (rows, 1) or a number, whose product is the gradient by the softened logits of the student.
+Formula = Callable[[Exponentials], tuple[Tensor, Tensor | float] | None]
+
+
+def formula_of(name: str, options: Mapping[str, Any]) -> Formula | None:
+    """The formula of a registered loss with its options; None where it has none here."""
+    if name in _MIXTURES:
+        mixture = mixture_of(name, **options)
+        if isinstance(mixture, Mixture):
+            return functools.partial(_mixture, mixture=mixture)
+        name = mixture
+    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}.get(name)
+
+
+def _forward_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
+    student_exps, teacher_exps, teacher_total = block.student_exps, block.teacher_exps, block.teacher_total
+    expected = sum_of_possible(block.teacher.sub_(block.student).mul_(teacher_exps)).div_(teacher_total)
+    torch.add((block.student_total / teacher_total).log_(), expected, alpha=_LOG_2, out=block.value)
+    if not block.needs_gradient:
+        return None
+    # The teacher's less the student's probabilities, times the teacher's total: exactly 0 where both agree.
+    difference = teacher_exps.addcmul_(student_exps, teacher_total / block.student_total, value=-1)
+    return difference, teacher_total.reciprocal().neg_()
+
+
+def _reverse_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
+    student_exps, student_total = block.student_exps, block.student_total
+    ratio = block.student.sub_(block.teacher)
+    gradient = torch.mul(ratio, student_exps, out=block.teacher)
+    expected = sum_of_possible(gradient).div_(student_total)
+    torch.add((block.teacher_total / student_total).log_(), expected, alpha=_LOG_2, out=block.value)
+    if not block.needs_gradient:
+        return None
+    expected.masked_fill_(block.value.isnan(), math.nan)
+    gradient.addcmul_(student_exps, expected, value=-1)
+    clear_rows(gradient, expected.isposinf().logical_not_())
+    return gradient, _LOG_2 / student_total
+
+
+def _mixture(block: Exponentials, *, mixture: Mixture) -> tuple[Tensor, Tensor | float] | None:
+    """As in `losses.mixtures`, from w = student_share * (p_t - p_s) / m, of which one product less is made.
+
+    With r = teacher_share / student_share, p_t / m is 1 + w and p_s / m is 1 - r w.
+    """
+    ratio = mixture.teacher_share / mixture.student_share
+    student = torch.mul(block.student_exps, block.student_total.reciprocal(), out=block.student)
+    teacher = block.teacher_exps.mul_(block.teacher_total.reciprocal())
+    m = torch.add(student, teacher, alpha=ratio, out=block.teacher)
+    w = torch.sub(teacher, student, out=block.scratch).div_(m.clamp_(min=torch.finfo(m.dtype).tiny))
+    # Where a ratio is 0, a probability of 0 multiplies its logarithm, which has to be finite for that.
+    nearly_one = 1 - 4 * torch.finfo(m.dtype).eps  # also after another rounding
+    w.clamp_(min=-nearly_one, max=nearly_one / ratio)
+    block.value.zero_()
+    if mixture.teacher_weight:
+        terms = _log_of_ratio(w, 1.0, mixture, out=block.teacher).mul_(teacher)
+        block.value.add_(terms.sum(-1, keepdim=True), alpha=mixture.teacher_weight)
+    gradient, factor = None, mixture.student_weight
+    if mixture.student_weight:
+        gradient = _log_of_ratio(w, -ratio, mixture, out=block.teacher).mul_(student)
+        expected = gradient.sum(-1, keepdim=True)
+        block.value.add_(expected, alpha=mixture.student_weight)
+        if block.needs_gradient:
+            gradient.addcmul_(student, expected, value=-1)
+    if not block.needs_gradient:
+        return None
+    if mixture.spread_weight:
+        spread = w.mul_(student)
+        spread.addcmul_(student, spread.sum(-1, keepdim=True), value=-1)
+        weight = mixture.spread_weight / mixture.student_share
+        if gradient is None:
+            gradient, factor = spread, weight
+        else:
+            gradient.add_(spread, alpha=weight / factor)
+    assert gradient is not None
+    return gradient, factor
+
+
+def _log_of_ratio(w: Tensor, factor: float, mixture: Mixture, *, out: Tensor) -> Tensor:
+    """log(1 + factor * w)."""
+    if min(mixture.teacher_share, mixture.student_share) < _SMALL_SHARE:
+        return torch.mul(w, factor, out=out).log1p_()
+    return torch.add(w.new_ones(()), w, alpha=factor, out=out).log_()

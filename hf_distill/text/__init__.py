@@ -1,0 +1,1 @@
+"""Raw text for causal language models: formats, truncation, packing, and batches without padding."""

@@ -1,0 +1,190 @@
+"""A data set of raw text, tokenised and packed."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc  # type: ignore[import-untyped]
+from datasets import Dataset, IterableDataset
+
+from hf_distill.collator import TEACHER_PREFIX
+from hf_distill.items import IGNORE_INDEX
+from hf_distill.text.arguments import TextArguments
+from hf_distill.text.conversations import check_template
+from hf_distill.text.formats import RowTokenizer, TextFormat, find_format
+from hf_distill.text.packing import Packing
+
+_ROWS_AT_ONCE = 1000
+
+
+def text_format(dataset: Any, text_field: str = "text") -> TextFormat | None:
+    """The format of a data set of raw text; None of any other data set.
+
+    Looked at are the data sets of `datasets`, and lists of rows; a data set with a transform of its own makes its own
+    columns. Of several data sets by name it is that of the first which has one.
+
+    Args:
+        dataset: one data set, or several by their names.
+        text_field: the column of plain text.
+    """
+    if isinstance(dataset, Mapping):
+        formats = (text_format(part, text_field) for part in dataset.values())
+        return next((found for found in formats if found is not None), None)
+    columns = _columns(dataset)
+    return None if columns is None else find_format(columns, text_field)
+
+
+def _columns(dataset: Any) -> list[str] | None:
+    if isinstance(dataset, list | tuple):
+        return [*dataset[0]] if dataset and isinstance(dataset[0], Mapping) else None
+    if isinstance(dataset, Dataset):
+        return None if dataset.format["type"] == "custom" else dataset.column_names
+    if isinstance(dataset, IterableDataset):
+        if dataset.column_names is not None:
+            return dataset.column_names
+        return [*next(iter(dataset), {})]
+    return None
+
+
+def prepare_text(
+    dataset: Any, tokenizer: Any, args: Any, *, training: bool = False, kept: Iterable[str] = (), name: str = "dataset"
+) -> Any:
+    """The data set with `input_ids` and `labels`, and with `position_ids` where it is packed.
+
+    Tokenised rows are kept in the cache of `datasets`. Data sets that hold no raw text, or whose rows are tokenised
+    already, are returned as they are.
+
+    Args:
+        dataset: a `Dataset`, an `IterableDataset`, a list of rows, or several of these by their names.
+        tokenizer: the student's, or a processor that holds one.
+        args: `TrainingArguments` that are `TextArguments` too.
+        training: whether it is to be packed where the arguments say so.
+        kept: columns that something else reads.
+        name: of the data set, for errors.
+
+    Raises:
+        ValueError: no tokenizer, no chat template, or settings that the data set's format does not read.
+    """
+    if isinstance(dataset, Mapping):
+        return {
+            key: prepare_text(part, tokenizer, args, training=training, kept=kept, name=f"{name}[{key!r}]")
+            for key, part in dataset.items()
+        }
+    found = text_format(dataset, args.dataset_text_field)
+    if found is None:
+        return dataset
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    if not callable(tokenizer):
+        raise ValueError(
+            f"{name} holds raw text ({found.value}), but there is no tokenizer. Pass the student's as "
+            "processing_class=, or tokenise the rows (columns input_ids and labels)."
+        )
+    if found is not TextFormat.TEXT and _holds_messages(dataset, found):
+        check_template(tokenizer)
+    if isinstance(dataset, list | tuple):
+        dataset = Dataset.from_list([*dataset])
+    with args.main_process_first(desc=f"tokenising {name}"):
+        return _prepared(dataset.with_format(None), tokenizer, args, found, training=training, kept=kept, name=name)
+
+
+def _prepared(
+    dataset: Any,
+    tokenizer: Any,
+    args: TextArguments,
+    found: TextFormat,
+    *,
+    training: bool,
+    kept: Iterable[str],
+    name: str,
+) -> Any:
+    packs = training and args.packing
+    wraps = packs and args.packing_strategy == "wrapped"
+    columns = _columns(dataset) or []
+    stays = [column for column in columns if column in {*kept} or column.startswith(TEACHER_PREFIX)]
+    rows = RowTokenizer.of_arguments(args, tokenizer, found, cuts=not wraps, kept=[] if packs else stays)
+    described = {"desc": f"Tokenising {name}"} if isinstance(dataset, Dataset) else {}
+    tokenised = dataset.map(
+        rows, batched=True, with_indices=True, batch_size=_ROWS_AT_ONCE, remove_columns=columns, **described
+    )
+    if isinstance(tokenised, Dataset):
+        _check_rows(tokenised, name)
+    if not packs:
+        return tokenised
+    assert args.max_length is not None  # checked with the arguments
+    described = {"desc": f"Packing {name}"} if described else {}
+    packing = Packing(args.max_length, wraps=wraps)
+    return tokenised.map(packing, batched=True, batch_size=_ROWS_AT_ONCE, **described)
+
+
+def _holds_messages(dataset: Any, found: TextFormat) -> bool:
+    if found is TextFormat.MESSAGES:
+        return True
+    first = next(islice(iter(dataset), 1), {"prompt": ""})
+    return not isinstance(first["prompt"], str)
+
+
+def _check_rows(dataset: Dataset, name: str) -> None:
+    """Warns of rows without a label, which stay in the batches and teach nothing.
+
+    Raises:
+        ValueError: no row is left, or none has a label.
+    """
+    if len(dataset) == 0:
+        raise ValueError(f"{name} is empty: no row of it has a token.")
+    without = sum(_rows_without_label(batch["labels"]) for batch in dataset.with_format("arrow").iter(10_000))
+    if without == 0:
+        return
+    what = (
+        f"{without} of the {len(dataset)} rows of {name} have no token with a loss: their completions or answers are "
+        "empty or were cut off. "
+    )
+    remedy = "Raise max_length, or set truncation_mode='keep_end'."
+    if without == len(dataset):
+        raise ValueError(f"{what}{remedy}")
+    warnings.warn(f"{what}They count for nothing. {remedy}", stacklevel=2)
+
+
+def _rows_without_label(labels: Any) -> int:
+    """How many rows of an Arrow column of labels have none after their first, which nothing predicts."""
+    lengths = pc.list_value_length(labels).to_numpy()
+    values = pc.list_flatten(labels).to_numpy() != IGNORE_INDEX
+    ends = np.cumsum(lengths)
+    values[ends - lengths] = False
+    sums = np.concatenate([[0], np.cumsum(values)])
+    return int((sums[ends] == sums[ends - lengths]).sum())
+
+
+def longest_row(dataset: Any) -> int | None:
+    """The tokens of the longest text; None where only reading all rows would tell.
+
+    Args:
+        dataset: as `prepare_text` returns it; of packed rows the texts count.
+    """
+    if not isinstance(dataset, Dataset):
+        return None
+    if "position_ids" in dataset.column_names:
+        batches = (pc.max(pc.list_flatten(batch["position_ids"])) for batch in _arrow(dataset))
+        return 1 + max(most.as_py() for most in batches)
+    return max(pc.max(pc.list_value_length(batch["input_ids"])).as_py() for batch in _arrow(dataset))
+
+
+def prompt_lengths(dataset: Dataset) -> np.ndarray:
+    """(rows,) the tokens before the first that has a label; all of them where none has.
+
+    Args:
+        dataset: as `prepare_text` returns it, not packed.
+    """
+    found = []
+    for batch in _arrow(dataset):
+        lengths = pc.list_value_length(batch["labels"]).to_numpy()
+        values = pc.list_flatten(batch["labels"]).to_numpy()
+        starts = np.cumsum(lengths) - lengths
+        places = np.where(values != IGNORE_INDEX, np.arange(len(values)), len(values))
+        found.append(np.minimum(np.minimum.reduceat(places, starts) - starts, lengths))
+    return np.concatenate(found)
+
+
+def _arrow(dataset: Dataset) -> Any:
+    return dataset.with_format("arrow").iter(10_000)
