@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 OURS = ("torch", "transformers", "accelerate", "datasets", "hf-distill")
-PACKAGES = (*OURS, "trl", "nvidia-modelopt", "torchdistill", "sentence-transformers")
+PACKAGES = (*OURS, "trl", "liger-kernel", "torchtune", "nvidia-modelopt", "torchdistill", "sentence-transformers")
 
 
 def installed_version(package: str) -> str | None:

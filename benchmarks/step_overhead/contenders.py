@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from benchmarks.naive import NaiveDistillationTrainer
+from benchmarks.rivals import Heads, Loss, installed, liger
 from benchmarks.step_overhead.workloads import Inputs, Workload, student_of
 
 TEMPERATURE, KD_WEIGHT = 2.0, 0.5
@@ -70,7 +72,51 @@ def naive(student: PreTrainedModel, teacher: PreTrainedModel, arguments: dict[st
     return trainer
 
 
+class HeadsTrainer(Trainer):
+    """Both backbones, and a loss from their last hidden states and heads."""
+
+    teacher: nn.Module
+    loss: Loss
+
+    def compute_loss(self, model: nn.Module, inputs: Inputs, *args: Any, **kwargs: Any) -> Any:
+        """The loss of a causal language model, next tokens shifted; all rows are full."""
+        read = {name: value for name, value in inputs.items() if name != "labels"} | {"use_cache": False}
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_hidden = self.teacher.model(**read).last_hidden_state
+        hidden = model.model(**read).last_hidden_state
+        sides = (side[:, :-1].flatten(0, 1) for side in (hidden, teacher_hidden))
+        targets = inputs["labels"][:, 1:].flatten()
+        return self.loss(Heads(next(sides), model.lm_head.weight, next(sides), self.teacher.lm_head.weight, targets))
+
+
+def of_heads(student: PreTrainedModel, teacher: PreTrainedModel, arguments: dict[str, Any], *, loss: Loss) -> Trainer:
+    """A rival's loss in a plain trainer."""
+    trainer = HeadsTrainer(student, TrainingArguments(**arguments))
+    trainer.teacher, trainer.loss = teacher.to(trainer.args.device), loss
+    return trainer
+
+
+def nothing(heads: Heads) -> Tensor:
+    """No loss at all: what a step costs before its heads."""
+    return heads.hidden.sum() + heads.teacher_hidden.sum()
+
+
 CONTENDERS = {"floor": floor, "ours": ours, "naive": naive}
+# Of language models also others' losses, where they are installed, and what all of them need before the heads.
+BACKBONES = "backbones"
+found = installed()
+OF_LANGUAGE_MODELS = {
+    **CONTENDERS,
+    BACKBONES: partial(of_heads, loss=nothing),
+    **{f"{name} (no labels, T 1)": partial(of_heads, loss=loss) for name, loss in found.items()},
+}
+if "liger" in found:
+    OF_LANGUAGE_MODELS["liger"] = partial(of_heads, loss=partial(liger, hard=1 - KD_WEIGHT, temperature=TEMPERATURE))
+
+
+def contenders_of(workload: Workload) -> dict[str, Any]:
+    """Builders of the trainers of a workload, by name; the floor first."""
+    return OF_LANGUAGE_MODELS if workload.is_language_model else CONTENDERS
 
 
 class Stepper:
@@ -102,4 +148,5 @@ class Stepper:
 
 def stepper_of(name: str, workload: Workload, teacher: PreTrainedModel, *, device: str, bf16: bool) -> Stepper:
     """A contender with a fresh student."""
-    return Stepper(CONTENDERS[name](student_of(workload), teacher, training_arguments(device, bf16=bf16)))
+    build = contenders_of(workload)[name]
+    return Stepper(build(student_of(workload), teacher, training_arguments(device, bf16=bf16)))

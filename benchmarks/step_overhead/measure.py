@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.step_overhead.contenders import CONTENDERS, Stepper, stepper_of
+from benchmarks.step_overhead.contenders import Stepper, contenders_of, stepper_of
 from benchmarks.step_overhead.workloads import WORKLOADS, batch_of, teacher_of
 
 MIB = 2**20
@@ -39,10 +39,10 @@ def time_in_turns(workload_name: str, *, rounds: int, device: str, bf16: bool) -
     workload = WORKLOADS[workload_name]
     teacher = teacher_of(workload)
     inputs = batch_of(workload, device)
-    steppers = {name: stepper_of(name, workload, teacher, device=device, bf16=bf16) for name in CONTENDERS}
+    names = list(contenders_of(workload))
+    steppers = {name: stepper_of(name, workload, teacher, device=device, bf16=bf16) for name in names}
     for stepper in steppers.values():
         stepper.step(inputs)
-    names = list(steppers)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
     for turn in range(rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:

@@ -1,4 +1,4 @@
-"""The two workloads: models of random weights with the shapes of real ones, and one batch."""
+"""The workloads: models of random weights with the shapes of real ones, and one batch."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ class Workload:
 
     Attributes:
         time_goal: our step's time over the floor's, at most.
-        memory_goal: our extra peak memory over the naive trainer's, at most; None where memory is no concern.
+        memory_goal: what our step needs above the backbones over what the naive trainer's does, at most; None where
+            memory is no concern.
     """
 
     title: str
@@ -36,6 +37,7 @@ class Workload:
     tokens: int
     time_goal: float
     memory_goal: float | None = None
+    is_language_model: bool = False
 
 
 def bert(layers: int, width: int) -> PreTrainedModel:
@@ -46,11 +48,11 @@ def bert(layers: int, width: int) -> PreTrainedModel:
     return BertForSequenceClassification(config)
 
 
-def llama(layers: int, width: int) -> PreTrainedModel:
-    """A Llama language model with its own output matrix."""
+def llama(layers: int, width: int, *, classes: int = 32_000, tied: bool = False) -> PreTrainedModel:
+    """A Llama language model."""
     config = LlamaConfig(
-        vocab_size=32_000, num_hidden_layers=layers, hidden_size=width, num_attention_heads=width // 64,
-        num_key_value_heads=width // 64, intermediate_size=8 * width // 3, tie_word_embeddings=False,
+        vocab_size=classes, num_hidden_layers=layers, hidden_size=width, num_attention_heads=width // 64,
+        num_key_value_heads=width // 64, intermediate_size=8 * width // 3, tie_word_embeddings=tied,
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -84,8 +86,20 @@ WORKLOADS: dict[str, Workload] = {
         batch=language_batch,
         rows=8,
         tokens=256,
-        time_goal=1.10,
-        memory_goal=0.4,
+        time_goal=1.00,
+        memory_goal=0.10,
+        is_language_model=True,
+    ),
+    "llama-152k": Workload(
+        title="Llama LM, vocabulary 151,936 and tied heads, teacher 12 x 512, student 6 x 384, batch 4 x 256",
+        student=lambda: llama(6, 384, classes=151_936, tied=True),
+        teacher=lambda: llama(12, 512, classes=151_936, tied=True),
+        batch=language_batch,
+        rows=4,
+        tokens=256,
+        time_goal=1.00,
+        memory_goal=0.10,
+        is_language_model=True,
     ),
 }
 
