@@ -93,14 +93,31 @@ def mark_repeated_rows(inputs: Mapping[str, Any], accelerator: Accelerator) -> d
     The rows are those that `Accelerator.gather_for_metrics` would drop. Call it right after the batch was fetched. Of
     one row made of all (`ROW_LENGTHS`) the part of the repeated ones is cut off.
     """
-    state = accelerator.gradient_state
-    if accelerator.num_processes == 1 or not state.end_of_dataloader or state.remainder <= 0:
+    if accelerator.num_processes == 1 or not accelerator.gradient_state.end_of_dataloader:
+        return dict(inputs)
+    rows = len(inputs[ROW_LENGTHS]) if ROW_LENGTHS in inputs else batch_size(inputs)
+    kept = _rows_of_last_batch(accelerator, rows)
+    if kept <= 0:
         return dict(inputs)
     if ROW_LENGTHS in inputs:
-        return _without_repeated(inputs, kept=state.remainder, accelerator=accelerator)
-    rows = batch_size(inputs)
+        return _without_repeated(inputs, kept=kept, accelerator=accelerator)
     first = rows * accelerator.process_index
-    return {**inputs, ROW_MASK: torch.arange(first, first + rows, device=device_of(inputs)) < state.remainder}
+    return {**inputs, ROW_MASK: torch.arange(first, first + rows, device=device_of(inputs)) < kept}
+
+
+def _rows_of_last_batch(accelerator: Accelerator, rows: int) -> int:
+    """How many rows of all ranks' last batches, of `rows` each, are not repeated; 0 or -1 where none is."""
+    state = accelerator.gradient_state
+    if state.remainder != -1:
+        return state.remainder
+    # accelerate 1.15 forgets it where a resumed training has skipped batches.
+    loader: Any = state.active_dataloader
+    sampler = getattr(loader, "batch_sampler", None)
+    while hasattr(sampler, "batch_sampler"):
+        sampler = sampler.batch_sampler
+    if sampler is None or getattr(sampler, "drop_last", True) or not hasattr(loader.dataset, "__len__"):
+        return -1
+    return len(loader.dataset) % (rows * accelerator.num_processes)
 
 
 def _without_repeated(inputs: Mapping[str, Any], *, kept: int, accelerator: Accelerator) -> dict[str, Any]:

@@ -26,6 +26,9 @@ def test_two_processes_do_what_one_does(tmp_path, output_dir, subtests):
     assert done.returncode == 0, done.stderr[-4000:]
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
+    uninterrupted, resumed = results["resumed"]
+    assert len(uninterrupted) == 3  # 4 rows each, the last of 3 and a repeated one
+    assert resumed == uninterrupted
     for name, labels in CASES:
         one = train_and_evaluate(name, labels, 8, 1, output_dir)
         assert len(one["gradients"]) == 2

@@ -46,6 +46,23 @@ def train_and_evaluate(name, labels, batch, accumulation, output_dir, **changes)
     return {"gradients": run.gradients, "logs": run.logs, "metrics": [before, trainer.evaluate()]}
 
 
+def resumed_losses(output_dir):
+    """The losses of steps that repeat rows at the end, uninterrupted and resumed before it."""
+    found = []
+    for checkpoint in (None, f"{output_dir}/checkpoint-1"):
+        student, teacher = tiny.pair("bert")
+        options = step_options(output_dir, 2, 1, ddp_backend="gloo", save_strategy="steps", save_steps=1)
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=DistillationTrainingArguments(**options),
+            train_dataset=rows_of("bert", "all labelled"),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint)
+        found.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    return found
+
+
 def save_results(path):
     results = {}
     for name, labels in CASES:
@@ -53,8 +70,9 @@ def save_results(path):
             results[f"{name}, {labels}, {batch}x{accumulation}"] = train_and_evaluate(
                 name, labels, batch, accumulation, f"{path}.output", ddp_backend="gloo"
             )
+    resumed = resumed_losses(f"{path}.resumed")
     if torch.distributed.get_rank() == 0:
-        torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
+        torch.save(results | {"resumed": resumed, "processes": torch.distributed.get_world_size()}, path)
 
 
 if __name__ == "__main__":
