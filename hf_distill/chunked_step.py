@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from hf_distill.accounting import StepCounts, divisor
 from hf_distill.batches import Batch
 from hf_distill.evaluation import EvaluationMixin
-from hf_distill.logit_setup import compared_classes
+from hf_distill.logit_setup import named_classes
 from hf_distill.losses.base import LOSSES
 from hf_distill.losses.chunked_head import HeadTerms
 from hf_distill.models.heads import task_model
 from hf_distill.objective import loss_name
 from hf_distill.progress import ActiveTerms
 from hf_distill.signals import TeacherOutput
-from hf_distill.sparse_terms import are_all_classes, check_sparse_pair, check_sparse_term, check_sparse_weights
+from hf_distill.sparse_terms import (
+    are_all_classes,
+    check_sparse_pair,
+    check_sparse_term,
+    check_sparse_weights,
+    fits_buckets,
+)
 from hf_distill.temperature import TemperaturePolicy
 from hf_distill.temperature_log import TemperatureMeter
 
@@ -39,7 +45,7 @@ class ChunkedStepMixin(EvaluationMixin):
         """Whether the terms of this batch are formed without logits; the first such batch decides."""
         is_plain = self.label_smoother is None and self.compute_loss_func is None
         # Of float16 neither the gradients nor, in evaluation, the sums would have the range.
-        if not is_plain or self.args.fp16 or (self.args.fp16_full_eval and not training):
+        if not is_plain or self.accelerator.mixed_precision == "fp16" or (self.args.fp16_full_eval and not training):
             return False
         if training:
             kept_dense = self._item_weights is not None and self._item_weights.needs_teacher
@@ -70,8 +76,11 @@ class ChunkedStepMixin(EvaluationMixin):
         pair, term, sparse = self._pair, terms.logits, output.sparse
         check_sparse_pair(pair)
         spec = LOSSES.get(loss_name(term, pair.task, self._problem_type(batch)))
-        classes = compared_classes(task_model(self.model).config, pair)
-        if are_all_classes(sparse.k, classes, spec):
+        classes = named_classes(task_model(self.model).config, pair)
+        by_teacher = self._item_weights is not None and self._item_weights.needs_teacher
+        # An entry may be empty: buckets know what its class has, and logits would not.
+        apart = fits_buckets(term, spec, sparse.temperature) and not by_teacher
+        if not apart and are_all_classes(sparse.k, classes, spec):
             return replace(output, logits=(sparse.dense(classes or sparse.k),), sparse=None)
         check_sparse_weights(self._item_weights)
         check_sparse_term(term, spec, k=sparse.k, temperature=sparse.temperature)

@@ -22,11 +22,11 @@ from hf_distill.losses.head_rows import Divergence
 from hf_distill.losses.sparse_head import sparse_head_loss
 from hf_distill.losses.transforms import standardize
 from hf_distill.models.heads import task_model
-from hf_distill.models.lm_head import WINDOW, HeadTap
+from hf_distill.models.lm_head import WINDOW, HeadTap, holds_head
 from hf_distill.progress import ActiveTerms
 from hf_distill.signals import LogitFactors, SparseLogits, Task
 from hf_distill.targets import next_tokens
-from hf_distill.teachers import FactoredTeacher, SparseTeacher, Teacher, in_eval_mode
+from hf_distill.teachers import SparseTeacher, Teacher, takes_factored
 from hf_distill.temperature import AdaptiveTemperature, TemperaturePolicy
 
 # Two ways to sum one cross-entropy agree better; a head that adds anything to it is further off.
@@ -66,7 +66,7 @@ class ChunkedTerms:
     def __init__(self) -> None:
         self._tap: HeadTap | None = None
         self._is_cross_entropy: bool | None = None
-        self._is_attached, self._reported = False, False
+        self._is_attached, self._reported, self._looked_at_training = False, False, False
         self._kept: KeptPlaces | None = None
 
     @property
@@ -83,6 +83,7 @@ class ChunkedTerms:
         if self._tap is None or not self._tap.reads(student):
             self.detach()
             self._tap, self._is_cross_entropy, self._reported = HeadTap(student), None, False
+            self._looked_at_training = False
         self._tap.attach()
         self._is_attached = True
 
@@ -104,6 +105,10 @@ class ChunkedTerms:
             if not was_attached:
                 self.detach()
 
+    def forget(self) -> None:
+        """Drops what was settled for a forward that never came."""
+        self._kept = None
+
     @property
     def is_settled(self) -> bool:
         """Whether the next forward, and not a later one, is to form the terms."""
@@ -117,10 +122,11 @@ class ChunkedTerms:
             return False
         spec = LOSSES.get(term.loss)
         return (
-            isinstance(teacher, FactoredTeacher | SparseTeacher)
+            (takes_factored(teacher) or isinstance(teacher, SparseTeacher))
             and spec.feature == "logits"
             and not (spec.compares_rows or spec.any_classes)
             and term.token_alignment == "none"
+            and not _match_reads_head(terms, self._tap, teacher)
             and (not isinstance(term.temperature, TemperaturePolicy) or _is_of_one_item(term.temperature))
             and (terms.task.weight == 0 or bool(batch.labels))
         )
@@ -148,13 +154,16 @@ class ChunkedTerms:
         assert self._tap is not None
         if self.reason is None:
             self._tap.reason = _untried_sharding(student)
+        if student.training and not self._looked_at_training:  # a model may do more in training than in evaluation
+            self._looked_at_training, self._tap.verified = True, False
+            self._is_cross_entropy = None if self._is_cross_entropy else self._is_cross_entropy
         if self.reason is None and not self._tap.verified:
-            with in_eval_mode(student), torch.no_grad():
+            with _beside_the_training(), torch.no_grad():
                 self._tap.verify(student, arguments)
             if self._tap.verified and self._tap.shape != mask.shape:
                 self._tap.reason = f"the student's head reads {self._tap.shape} positions of {tuple(mask.shape)}"
         if self.reason is None and with_task and self._is_cross_entropy is None:
-            with in_eval_mode(student), torch.no_grad():
+            with _beside_the_training(), torch.no_grad():
                 self._is_cross_entropy = self._own_loss_is_plain(student, arguments, task)
         reason = self.reason
         if reason is None and not isinstance(teacher, SparseTeacher) and not teacher.gives_factors:
@@ -265,6 +274,24 @@ def _untried_sharding(student: nn.Module) -> str | None:
     if isinstance(student, FullyShardedDataParallel):
         return "FSDP 1 holds the head's weights in a flat parameter (set version 2 in fsdp_config)"
     return None
+
+
+def _match_reads_head(terms: ActiveTerms, tap: HeadTap | None, teacher: Any) -> bool:
+    """Whether a match records what the heads give, of which there is one position only."""
+    for match in terms.matches:
+        sides = ((match.student, None if tap is None else tap.model), (match.teacher, teacher.model))
+        for feature, model in sides:
+            path = None if feature is None else feature.path
+            if path is not None and model is not None and holds_head(model, path):
+                return True
+    return False
+
+
+@contextmanager
+def _beside_the_training() -> Iterator[None]:
+    """Around a forward in the mode that the student is in, of which no random state tells."""
+    with torch.random.fork_rng(range(torch.cuda.device_count()), device_type="cuda"):
+        yield
 
 
 def _is_of_one_item(policy: TemperaturePolicy) -> bool:

@@ -38,7 +38,7 @@ def check_logits(trainer: Any, label: Any) -> None:
     if isinstance(teacher, SparseTeacher) and term.weight > 0 and pair.task is not Task.EMBEDDING:
         check_sparse_pair(pair)
         spec = LOSSES.get(loss_name(term, pair.task, kind or "single_label_classification"))
-        if not are_all_classes(teacher.sparse_k, classes, spec):
+        if not are_all_classes(teacher.sparse_k, named_classes(config, pair), spec):
             check_sparse_term(term, spec, k=teacher.sparse_k, temperature=teacher.sparse_temperature)
 
 
@@ -60,6 +60,12 @@ def compared_classes(config: Any, pair: Any) -> int | None:
     if pair.task.is_language_model:
         return pair.classes or config.get_text_config(decoder=True).vocab_size
     return None
+
+
+def named_classes(config: Any, pair: Any) -> int | None:
+    """How many classes a teacher has to name to say all: its own too that are not compared; None as above."""
+    classes = compared_classes(config, pair)
+    return classes if classes is None or pair.vocabulary is None else max(classes, pair.vocabulary.teacher_size)
 
 
 def make_weights(trainer: Any, label: Any) -> tuple[RowWeights | None, ItemWeights | None]:

@@ -26,6 +26,12 @@ def are_all_classes(k: int, classes: int | None, spec: LossSpec) -> bool:
     return classes is not None and k >= classes and spec.compares == "classes"
 
 
+def fits_buckets(term: LogitTerm, spec: LossSpec, temperature: float) -> bool:
+    """Whether the term can be formed of a teacher's most likely classes and one bucket of all others."""
+    is_plain = term.transform == "none" and term.teacher_scale == 1
+    return spec.name in SPARSE_LOSSES and is_plain and term.temperature == temperature
+
+
 def check_sparse_term(term: LogitTerm, spec: LossSpec, *, k: int, temperature: float) -> None:
     """Refuses a logit term that needs more of the teacher than its most likely classes.
 

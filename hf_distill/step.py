@@ -27,7 +27,7 @@ from hf_distill.progress import ActiveTerms, terms_at
 from hf_distill.signals import Task, TeacherOutput, read_logits
 from hf_distill.sparse_terms import align_sparse
 from hf_distill.task_loss import check_smoothing, task_loss
-from hf_distill.teachers import FactoredTeacher, Teacher
+from hf_distill.teachers import Teacher, takes_factored
 from hf_distill.temperature import LearnedTemperature
 from hf_distill.temperature_log import TemperatureMeter
 
@@ -90,7 +90,7 @@ class StepMixin(ChunkedStepMixin):
         records = training and any(match.asks_teacher for match in terms.matches)
         # Not every teacher can be asked for more than logits; those that cannot have been refused by now.
         asked: dict[str, Any] = {"record": True} if records else {}
-        asked |= {"factored": True} if factored and isinstance(self.teacher, FactoredTeacher) else {}
+        asked |= {"factored": True} if factored and takes_factored(self.teacher) else {}
         output = self.teacher(batch.teacher, **asked)
         return output if output.sparse is None else self._named_classes(output, batch, terms)
 
@@ -116,6 +116,7 @@ class StepMixin(ChunkedStepMixin):
         terms = self.active_terms() if model.training else self._evaluation_terms(batch)
         teacher_output = inputs.get(TEACHER_OUTPUT)
         if not isinstance(teacher_output, TeacherOutput):  # a data set may have a column of that name
+            self._chunked.forget()  # what an interrupted step left
             factored = not return_outputs and self._can_be_chunked(batch, terms, training=model.training)
             teacher_output = self.ask_teacher(batch, terms, training=model.training, factored=factored)
         teacher_output = self._usable(teacher_output, batch)

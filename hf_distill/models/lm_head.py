@@ -8,6 +8,7 @@ from itertools import product
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -44,19 +45,26 @@ class HeadTap:
     def __init__(self, model: nn.Module) -> None:
         """Finds the head and what follows it; the model is left alone until `attach`."""
         self._model = task_model(model)
+        self._named = _output_embeddings(self._model)
         self.head, self.reason = _find_head(self._model)
         self.verified = False
         self.shape: tuple[int, ...] = ()
         self.result: Any = None
         self._run: Callable[[LogitFactors], Any] | None = None
-        self._window = slice(0, 0)
+        self._window, self._with_graph = slice(0, 0), False
         self._hidden: Tensor | None = None
         self._post: dict[str, Any] = {}
         self._handles: list[RemovableHandle] = []
 
     def reads(self, model: nn.Module) -> bool:
-        """Whether it was made for this model."""
-        return self._model is task_model(model)
+        """Whether it was made for this model with the head that it has."""
+        return self._model is task_model(model) and self._named is _output_embeddings(self._model)
+
+    @property
+    def model(self) -> nn.Module:
+        """The bare model."""
+        model: nn.Module = self._model
+        return model
 
     @property
     def is_attached(self) -> bool:
@@ -81,7 +89,9 @@ class HeadTap:
         self._handles = []
 
     @contextmanager
-    def open(self, run: Callable[[LogitFactors], Any], *, window: slice = slice(0, 1)) -> Iterator[None]:
+    def open(
+        self, run: Callable[[LogitFactors], Any], *, window: slice = slice(0, 1), with_graph: bool = False
+    ) -> Iterator[None]:
         """Around one forward: its logits are those of the positions in `window` alone.
 
         Where the tap is not attached it is for that long, which a model that is compiled by then does not notice.
@@ -90,8 +100,10 @@ class HeadTap:
             run: of the factors of all positions, (batch, length, width); what it returns becomes `result`, which
                 stays None where the head did not run on such hidden states.
             window: at least one position.
+            with_graph: whether what follows the head's call has a graph where nothing before it has one.
         """
         self._run, self._window, self._hidden, self.result = run, window, None, None
+        self._with_graph = with_graph
         was_attached = self.is_attached
         self.attach()
         try:
@@ -113,13 +125,17 @@ class HeadTap:
         if self.reason is not None or self.verified:
             return
         posts = [*self._candidates()]
-        with self.open(partial(_logits_after, posts), window=WINDOW):
+        # What follows the head is looked at with its graph: a parameter that is 0 as yet changes no number.
+        with torch.no_grad(), self.open(partial(_logits_after, posts), window=WINDOW, with_graph=True):
             outputs = model(**arguments)
         name, result = type(self._model).__name__, self.take()
         if result is None:
             self.reason = f"{name} forms its logits otherwise than by its head's forward on (batch, length, width)"
             return
         formed, self.shape = result
+        if _reads_parameters(outputs["logits"]):
+            self.reason = f"{name} has parameters behind its head, of which its logits are made too"
+            return
         own = outputs["logits"].detach()
         for post, logits in zip(posts, formed, strict=True):
             if _agrees(logits, own):
@@ -161,6 +177,8 @@ class HeadTap:
         if self._run is None or not inputs or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 3:
             return None
         self._hidden = inputs[0]
+        if self._with_graph:
+            torch.set_grad_enabled(True)
         # With its graph, of which DDP learns which weights are used.
         return (inputs[0][:, self._window], *inputs[1:])
 
@@ -205,16 +223,29 @@ class _EndOfGradient(torch.autograd.Function):
 def _find_head(model: Any) -> tuple[nn.Module | None, str | None]:
     """The layer that makes the logits, or why there is none that can be taken apart."""
     name = type(model).__name__
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = _output_embeddings(model)
     if head is None:
         return None, f"{name} names no output embeddings"
     linear = _linear(head)
+    if isinstance(linear, BaseTunerLayer):
+        return None, f"the head of {name} has an adapter, which is not part of its weight"
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return None, f"the head of {name} is a {type(linear).__name__}, not a plain linear layer"
     weight = linear.weight
     if not weight.is_floating_point() or weight.dtype == torch.float16 or type(weight.data) is not Tensor:
         return None, f"the head of {name} is held in {weight.dtype} as {type(weight.data).__name__}"
     return head, None
+
+
+def _output_embeddings(model: Any) -> Any:
+    return model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+
+
+def holds_head(model: nn.Module, path: str) -> bool:
+    """Whether a module of the model is its head, or has it inside: its output is that of a few positions alone."""
+    inner = task_model(model)
+    head = _output_embeddings(inner)
+    return head is not None and any(part is head for part in inner.get_submodule(path).modules())
 
 
 def _logits_after(posts: list[dict[str, Any]], factors: LogitFactors) -> tuple[list[Tensor], tuple[int, ...]]:
@@ -235,4 +266,22 @@ def _agrees(formed: Tensor, own: Tensor) -> bool:
         return False
     tolerance = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in (formed.dtype, own.dtype))
     finite = own.isfinite()
-    return bool(((formed - own).abs()[finite] <= tolerance * own.abs()[finite].amax().clamp(min=1e-3)).all())
+    largest = own.where(finite, 0.0).abs().amax().clamp(min=1e-3)
+    # A class that the model makes impossible behind its head is at -inf on one side alone.
+    alike = (formed == own) | (formed.isnan() & own.isnan())
+    same = torch.where(finite, (formed - own).abs() <= tolerance * largest, alike)
+    return bool(same.all())
+
+
+def _reads_parameters(logits: Tensor) -> bool:
+    """Whether a gradient of the logits reaches parameters otherwise than through the head's output."""
+    waiting, seen = [logits.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or type(node).__name__ == f"{_EndOfGradient.__name__}Backward":
+            continue
+        if hasattr(node, "variable"):
+            return True
+        seen.add(node)
+        waiting.extend(parent for parent, _ in node.next_functions)
+    return False

@@ -1,6 +1,6 @@
 """Where the teacher's signals come from. A teacher is anything that turns inputs into a `TeacherOutput`."""
 
-from hf_distill.teachers.base import FactoredTeacher, RecordingTeacher, SparseTeacher, Teacher
+from hf_distill.teachers.base import FactoredTeacher, RecordingTeacher, SparseTeacher, Teacher, takes_factored
 from hf_distill.teachers.loading import load_student, load_teacher
 from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher, in_eval_mode
 from hf_distill.teachers.sparse import TopKTeacher
@@ -16,4 +16,5 @@ __all__ = [
     "in_eval_mode",
     "load_student",
     "load_teacher",
+    "takes_factored",
 ]

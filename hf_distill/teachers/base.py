@@ -1,6 +1,7 @@
 """What the trainer asks of a teacher."""
 
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -65,6 +66,11 @@ class FactoredTeacher(Teacher, Protocol):
     def gives_factors(self) -> bool:
         """Whether it can, as far as is known."""
         ...
+
+
+def takes_factored(teacher: object) -> bool:
+    """Whether a teacher can be asked for factors; a subclass with a call of its own may not take the keyword."""
+    return isinstance(teacher, FactoredTeacher) and "factored" in signature(teacher.__call__).parameters
 
 
 @runtime_checkable

@@ -78,6 +78,8 @@ class LocalTeacher:
             capture = self._capture if record else None
             arguments = {**self._cast(arguments), **options}
             if factored:
+                if not self._tap.reads(self._model):
+                    self._tap = HeadTap(self._model)
                 with self._autocast():
                     self._tap.verify(self._model, arguments)
             with ExitStack() as stack:
