@@ -22,8 +22,8 @@ import datasets
 import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
@@ -64,21 +64,18 @@ def rows_of(path: Path, tokenizer: PreTrainedTokenizerFast) -> datasets.Dataset:
 
 
 def make_model(layers: int, width: int, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A Llama of random weights."""
-    config = LlamaConfig(
+    """A GPT-2 of random weights."""
+    config = GPT2Config(
         vocab_size=len(tokenizer),
-        num_hidden_layers=layers,
-        hidden_size=width,
-        intermediate_size=4 * width,
-        num_attention_heads=width // 32,
-        num_key_value_heads=width // 32,
-        max_position_embeddings=LENGTH,
-        tie_word_embeddings=True,
+        n_layer=layers,
+        n_embd=width,
+        n_head=width // 32,
+        n_positions=LENGTH,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return LlamaForCausalLM(config)
+    return GPT2LMHeadModel(config)
 
 
 def train(
@@ -173,7 +170,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--classes", type=int, default=2000, help="size of the vocabulary, learned from train.txt")
     parser.add_argument("--teacher-layers", type=int, default=4)
     parser.add_argument("--teacher-width", type=int, default=192, help="a multiple of 32, the width of a head")
-    parser.add_argument("--teacher-steps", type=int, default=2500)
+    parser.add_argument("--teacher-steps", type=int, default=1500)
     parser.add_argument("--student-layers", type=int, default=2)
     parser.add_argument("--student-width", type=int, default=128)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
@@ -192,7 +189,7 @@ def make_teacher(
 ) -> PreTrainedModel:
     """The teacher, trained on labels, or as an earlier run has kept it."""
     if options.teacher is not None and (options.teacher / "config.json").exists():
-        return LlamaForCausalLM.from_pretrained(options.teacher)
+        return GPT2LMHeadModel.from_pretrained(options.teacher)
     set_seed(0)
     teacher = make_model(options.teacher_layers, options.teacher_width, tokenizer)
     train(teacher, None, rows["train"], tokenizer, options, steps=options.teacher_steps, seed=0, terms={})

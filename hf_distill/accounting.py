@@ -112,7 +112,7 @@ def _rows_of_last_batch(accelerator: Accelerator, rows: int) -> int:
         return state.remainder
     # accelerate 1.15 forgets it where a resumed training has skipped batches.
     loader: Any = state.active_dataloader
-    sampler = getattr(loader, "batch_sampler", None)
+    sampler: Any = getattr(loader, "batch_sampler", None)
     while hasattr(sampler, "batch_sampler"):
         sampler = sampler.batch_sampler
     if sampler is None or getattr(sampler, "drop_last", True) or not hasattr(loader.dataset, "__len__"):

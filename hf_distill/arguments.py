@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,6 +51,8 @@ _OF_THE_LOGITS = (
     "item_weights",
     "token_alignment",
 )
+# Of an evaluation what is better where it is smaller; of names that end in loss Trainer knows it.
+_DISTANCES = re.compile(r"(.+_)?(kd|perplexity|mse|kl_to_teacher|expected_calibration_error|loss_.+)")
 
 
 def _unless_given(help_text: str) -> Any:
@@ -204,6 +207,8 @@ class DistillationTrainingArguments(OnPolicyArguments, TextArguments, TrainingAr
 
     def __post_init__(self) -> None:
         self._read_json()
+        if self.greater_is_better is None and _DISTANCES.fullmatch(self.metric_for_best_model or ""):
+            self.greater_is_better = False
         super().__post_init__()
         for name in ("teacher_model_init_kwargs", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):

@@ -1,6 +1,6 @@
 """Batches with a teacher's own inputs and with rows that have no label, on top of any collator."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -100,6 +100,8 @@ class DistillationCollator:
         ]
         students, labelled = self._fill_labels(students)
         batch = self.collator(students)
+        if isinstance(batch, MutableMapping) and "labels" in batch and batch["labels"] is None:
+            del batch["labels"]  # of DataCollatorForSeq2Seq, where rows have none
         if labelled is not None and (self.always_mask or not all(labelled)):
             batch[LABEL_MASK] = torch.tensor(labelled)
         if self.row_weights is not None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import BestRun, EvalLoopOutput
+from transformers.utils import logging
 
 from hf_distill.accounting import StepCounts, TermMeter, divisor, mark_repeated_rows
 from hf_distill.arguments import FLAT_FIELDS
@@ -31,6 +32,8 @@ if TYPE_CHECKING:  # the mixins call and override what a trainer class beside th
     from transformers import Trainer as TrainerBase
 else:
     TrainerBase = object
+
+logger = logging.get_logger(__name__)
 
 
 def _loss_of(metrics: Mapping[str, float]) -> float:
@@ -150,6 +153,12 @@ class EvaluationMixin(TrainerBase):
             metrics[f"{metric_key_prefix}_loss"] = sum(losses) / len(losses)
         else:  # the mean over no label at all is no loss of 0
             metrics.pop(f"{metric_key_prefix}_loss", None)
+            args: Any = self.args
+            if args.task_weight > 0 and self._pair.task.is_language_model and metric_key_prefix.startswith("eval"):
+                logger.warning_once(
+                    f"There is no {metric_key_prefix}_loss, as no row of this evaluation set has a label. Give it a "
+                    "labels column, or a data collator that makes one (DataCollatorForLanguageModeling)."
+                )
         for metric in ("kd", "agreement"):
             if metric in totals and totals.get("kd_items"):
                 metrics[f"{metric_key_prefix}_{metric}"] = totals[metric] / totals["kd_items"]

@@ -160,7 +160,7 @@ def _texts(inputs: Mapping[str, Tensor], items: Tensor) -> Tensor | None:
     positions = inputs.get("position_ids")
     if positions is None or "attention_mask" in inputs or positions.shape != items.shape:
         return None
-    starts = positions == positions.min()  # as Transformers' flash attention finds them: not all count from 0
+    starts = positions == positions.amin(-1, keepdim=True)  # not all count from 0
     found = torch.zeros_like(positions).scatter_add(1, (starts.cumsum(-1) - 1).clamp(min=0), items.long())
     return torch.stack([(found > 0).sum(-1), starts.sum(-1)], -1)
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from datasets import Dataset, IterableDataset
 from torch import nn
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithPadding
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from hf_distill.collator import DistillationCollator
@@ -16,12 +17,14 @@ from hf_distill.config import MatchTerm
 from hf_distill.dataset_checks import random_states_kept
 from hf_distill.layer_training import LayerTrainingMixin
 from hf_distill.losses.base import LOSSES
-from hf_distill.models.heads import context_length, task_model
+from hf_distill.models.heads import context_length, input_names, task_model
 from hf_distill.signals import Task
 from hf_distill.teachers import AdapterOffTeacher
 from hf_distill.text.arguments import TextArguments, given_fields
 from hf_distill.text.collation import make_collator
-from hf_distill.text.preparation import longest_row, prepare_text, prompt_lengths, text_format
+from hf_distill.text.columns import check_columns, say_which_columns
+from hf_distill.text.formats import TextFormat
+from hf_distill.text.preparation import largest_token, longest_row, prepare_text, prompt_lengths, text_format
 from hf_distill.text.probe import check_keeps_apart
 from hf_distill.weighting import weighting_columns
 
@@ -42,6 +45,8 @@ class TextMixin(LayerTrainingMixin):
         args, train = self.args, self.train_dataset
         found = {name: self._format(part) for name, part in self._datasets.items()}
         _check_read(self, found)
+        for name, part in self._datasets.items():
+            self._check_columns(part, name)
         if found.get("train_dataset") is not None:
             if isinstance(train, Mapping):
                 raise ValueError(
@@ -54,8 +59,22 @@ class TextMixin(LayerTrainingMixin):
             _check_prompts(self)
             counts_rows = self.accelerator.num_processes > 1
             self.data_collator = make_collator(args, self._tokenizer, training=True, counts_rows=counts_rows)
+        elif self._pads_labels:
+            self.data_collator = self._padding_collator()
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_tokens(self.eval_dataset, "eval_dataset")
+
+    @property
+    def _pads_labels(self) -> bool:
+        """Whether tokenised rows of a language model are padded, by nobody but `Trainer`."""
+        is_generative = self._pair.task in (Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
+        tokenizer: Any = self.processing_class
+        return is_generative and self.data_collator == DataCollatorWithPadding(tokenizer)
+
+    def _padding_collator(self) -> Any:
+        if self._pair.task is Task.CAUSAL_LM:
+            return make_collator(self.args, self._tokenizer, training=False)
+        return DataCollatorForSeq2Seq(self._tokenizer, pad_to_multiple_of=self.args.pad_to_multiple_of)
 
     @property
     def _datasets(self) -> dict[str, Any]:
@@ -73,8 +92,23 @@ class TextMixin(LayerTrainingMixin):
         with random_states_kept():
             return text_format(dataset, self.args.dataset_text_field)
 
+    def _check_columns(self, dataset: Any, name: str) -> None:
+        task = self._pair.task
+        if not self.args.remove_unused_columns or task not in (Task.CAUSAL_LM, Task.SEQ2SEQ_LM, Task.MASKED_LM):
+            return
+        with random_states_kept():
+            check_columns(
+                dataset,
+                name,
+                task=task,
+                inputs=input_names(self.model),
+                text_field=self.args.dataset_text_field,
+                own_collator=not self._common_collator,
+            )
+
     def _with_tokens(self, dataset: Any, name: str, *, training: bool = False) -> Any:
         if self._format(dataset) is None:
+            self._check_columns(dataset, name)
             return dataset
         kept = self._match_columns | weighting_columns(self.args.distillation.logits.item_weights)
         prepared = prepare_text(dataset, self.processing_class, self.args, training=training, kept=kept, name=name)
@@ -82,7 +116,10 @@ class TextMixin(LayerTrainingMixin):
         parts = dataset if isinstance(dataset, Mapping) else {None: dataset}
         for key, part in parts.items():
             if self._format(part) is not None:
-                _check_length(self, prepared if key is None else prepared[key], name if key is None else key)
+                tokens, called = (prepared, name) if key is None else (prepared[key], key)
+                say_which_columns(part, called, self._format(part), self.args.dataset_text_field, kept)
+                _check_tokens(self, tokens, called)
+                _check_length(self, tokens, called)
         if self._text_collator is None:
             self._text_collator = make_collator(self.args, self._tokenizer, training=False)
         return prepared
@@ -148,10 +185,19 @@ class TextMixin(LayerTrainingMixin):
 
 def _check_read(trainer: Any, found: Mapping[str, Any]) -> None:
     """Refuses text settings that no data set reads."""
-    if not found or ("train_dataset" not in found and any(found.values())):
+    field, read = trainer.args.dataset_text_field, {part for part in found.values() if part is not None}
+    if "dataset_text_field" in given_fields(trainer.args) and read and TextFormat.TEXT not in read:
+        formats = " and ".join(sorted(part.value for part in read))
+        raise ValueError(
+            f"dataset_text_field={field!r}: nobody reads this, since the columns of {formats} go before it. Drop it, "
+            "or these columns (Dataset.remove_columns)."
+        )
+    if not found or ("train_dataset" not in found and read):
         return
-    names = _OF_THE_TRAINING if any(found.values()) else None
+    names = _OF_THE_TRAINING if read else None
     given = given_fields(trainer.args, names)
+    if trainer._pads_labels:
+        given.pop("pad_to_multiple_of", None)
     if not given or found.get("train_dataset") is not None:
         return
     name = next(iter(found))
@@ -162,7 +208,7 @@ def _check_read(trainer: Any, found: Mapping[str, Any]) -> None:
     elif not trainer._common_collator:
         reason = f"the data collator is your own ({type(trainer.data_collator).__name__}), so batches are its affair"
     elif columns is not None and "input_ids" not in columns:
-        field = trainer.args.dataset_text_field
+        trainer._check_columns(dataset, name)
         reason = f"{name} has no column {field!r}, prompt and completion, or messages (it has {', '.join(columns)})"
     else:
         reason = f"{name} holds no raw text: it is tokenised already, or no data set of `datasets`"
@@ -217,6 +263,11 @@ def _settings(args: Any) -> dict[str, Any]:
 
 def _check_prompts(trainer: Any) -> None:
     """Refuses rows that an on-policy student cannot answer: it finds no prompt, or no room after it."""
+    if trainer.args.completion_only_loss is False and getattr(trainer.args, "lmbda", 0) > 0:
+        raise ValueError(
+            f"completion_only_loss=False gives prompts a loss, and lmbda={trainer.args.lmbda} tells by the loss where "
+            "a prompt ends. Drop completion_only_loss, or set lmbda=0."
+        )
     lmbda = getattr(trainer.args, "lmbda", 0)
     if lmbda == 0 or not isinstance(trainer.train_dataset, Dataset):
         return
@@ -234,6 +285,22 @@ def _check_prompts(trainer: Any) -> None:
             f"{full} of the {len(prompts)} rows of train_dataset have prompts that fill the student's context of "
             f"{context} tokens (lmbda={lmbda}), so nothing can be written after them. Set max_length={context - 1} or "
             "less, or drop the rows (Dataset.filter)."
+        )
+
+
+def _check_tokens(trainer: Any, dataset: Any, name: str) -> None:
+    """Refuses texts with tokens that the student or the teacher has no embedding of."""
+    if not isinstance(dataset, Dataset):
+        return
+    models = {"student": trainer.model, **({} if trainer.teacher is None else {"teacher": trainer.teacher.model})}
+    for role, model in models.items():
+        rows = getattr(task_model(model).get_input_embeddings(), "num_embeddings", None)
+        if rows is None or len(trainer._tokenizer) <= rows or (largest := largest_token(dataset)) < rows:
+            continue
+        raise ValueError(
+            f"{name} has the token {largest} ({trainer._tokenizer.convert_ids_to_tokens(largest)!r}), and the {role} "
+            f"embeds {rows} tokens: the tokenizer ({len(trainer._tokenizer)}) was extended and the model was not. "
+            "Call model.resize_token_embeddings(len(tokenizer)) first."
         )
 
 

@@ -34,8 +34,9 @@ def tokenize_for_teacher(
         append_eos: whether each text ends with the end-of-text token of either tokenizer, also where it adds none by
             itself. Written into the text it would be other words to the other tokenizer.
 
-    Returns: `input_ids`, `attention_mask`, `teacher_input_ids`, `teacher_attention_mask`, and `teacher_positions`: for
-        each of the student's tokens the teacher's position that has read the same text, -1 where there is none.
+    Returns: `input_ids`, `attention_mask`, `labels` (every token), `teacher_input_ids`, `teacher_attention_mask`, and
+        `teacher_positions`: for each of the student's tokens the teacher's position that has read the same text, -1
+        where there is none.
 
     Raises:
         ValueError: a tokenizer without a Rust backend, which does not tell where in the text its tokens lie, or
@@ -46,15 +47,15 @@ def tokenize_for_teacher(
         _Reader(tokenizer, side, add_special_tokens=add_special_tokens, append_eos=append_eos)
         for side, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer))
     )
-    names = ("input_ids", "attention_mask", "teacher_input_ids", "teacher_attention_mask", "teacher_positions")
+    names = "input_ids", "attention_mask", "labels", "teacher_input_ids", "teacher_attention_mask", "teacher_positions"
     columns: dict[str, list[list[int]]] = {name: [] for name in names}
     for text in texts:
         student_ids, student_prefixes = student_read(text)
         teacher_ids, teacher_prefixes = teacher_read(text)
         positions = paired_positions(student_prefixes[:max_length], teacher_prefixes[:teacher_max_length])
         used = max(positions, default=NO_POSITION) + 1
-        row = (student_ids[:max_length], teacher_ids[: max(used, 1)])
-        values = (row[0], [1] * len(row[0]), row[1], [1] * len(row[1]), positions)
+        own, other = student_ids[:max_length], teacher_ids[: max(used, 1)]
+        values = (own, [1] * len(own), own, other, [1] * len(other), positions)
         for name, value in zip(names, values, strict=True):
             columns[name].append(value)
     return columns

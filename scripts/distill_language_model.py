@@ -64,7 +64,8 @@ def main() -> None:
         processing_class=AutoTokenizer.from_pretrained(script.student),
         peft_config=LoraConfig(r=script.lora_rank, target_modules="all-linear") if script.lora_rank else None,
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    resume = args.resume_from_checkpoint  # a folder, or true: from the last checkpoint
+    trainer.train(resume_from_checkpoint=True if str(resume).lower() == "true" else resume)
     trainer.save_model()
     if splits["test"] is not None:
         metrics = trainer.evaluate()

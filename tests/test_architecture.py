@@ -54,7 +54,7 @@ LAYERS = (
         | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup", "chunked_step"}
         | {"adapters", "on_policy", "on_policy_arguments", "text_setup"},
     ),
-    ("edges", {"cli", "demo"}),
+    ("edges", {"cli", "demo", "__main__"}),
 )
 LAYER_OF = {part: number for number, (_, parts) in enumerate(LAYERS) for part in parts}
 EDGES = len(LAYERS) - 1

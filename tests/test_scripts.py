@@ -108,8 +108,22 @@ def test_language_model_on_a_text_file_gives_one_result_on_one_and_two_processes
             "distill_language_model.py",
             *_options(tmp_path, output, batch_size),
             f"--dataset={dataset}",
-            "--block_size=16",
+            "--packing",
+            "--packing_strategy=wrapped",
+            "--max_length=16",
             processes=processes,
         )
     _assert_same_run(tmp_path / "alone", tmp_path / "together")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.vocab_size == len(tokenizer)
+
+
+def test_a_language_model_goes_on_from_its_last_checkpoint(tmp_path):
+    dataset = tmp_path / "corpus.txt"
+    dataset.write_text("\n".join(f"the {i} cats sat on the {i * 7 % 13} mats" for i in range(80)))
+    tokenizer = train_wordpiece(dataset.read_text().splitlines(), vocabulary_size=90)
+    _save_pair(tmp_path, lambda width: tiny.llama(hidden=width, vocab_size=len(tokenizer)), tokenizer)
+    options = [*_options(tmp_path, "out", 4), f"--dataset={dataset}"]
+    _run("distill_language_model.py", *options)
+    _run("distill_language_model.py", *options, "--max_steps=6", "--resume_from_checkpoint=true")
+    log = json.loads((tmp_path / "out/checkpoint-6/trainer_state.json").read_text())["log_history"]
+    assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]

@@ -149,7 +149,8 @@ def test_cut_rows_are_the_beginnings_of_whole_ones(mine, theirs, length):
 def test_several_texts_are_rows_and_special_tokens_can_be_left_out():
     texts = ["the cat", "", "今天"]
     rows = tokenize_for_teacher(texts, TOKENIZERS["pieces"], TOKENIZERS["words"], add_special_tokens=False)
-    assert [len(row) for row in rows.values()] == [3] * 5
+    assert [len(row) for row in rows.values()] == [3] * 6
+    assert rows["labels"] == rows["input_ids"]
     assert rows["input_ids"] == TOKENIZERS["pieces"](texts, add_special_tokens=False)["input_ids"]
     assert rows["teacher_positions"][1] == []
 

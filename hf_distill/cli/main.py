@@ -27,7 +27,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns 0, 1 where it failed, or 2 (by argparse, which exits) where the arguments are wrong."""
+    """Runs a command.
+
+    Returns: 0; 1 where it failed; 2 (by argparse, which exits) where the arguments are wrong; 130 where it was
+    stopped.
+    """
     arguments = build_parser().parse_args(argv)
     try:
         arguments.run(arguments)
@@ -36,6 +40,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"hf-distill {arguments.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        if arguments.debug:
+            raise
+        remedy = "; repeat the command to go on" if arguments.command == "generate" else ""
+        print(f"hf-distill {arguments.command}: stopped{remedy}", file=sys.stderr)
+        return 130
     return 0
 
 

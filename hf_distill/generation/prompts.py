@@ -169,5 +169,8 @@ def _column(rows: Dataset, column: str | None) -> str:
     found = next((name for name in (COLUMNS if column is None else (column,)) if name in rows.column_names), None)
     if found is None:
         wanted = f"no column {column!r}" if column else f"none of the columns {', '.join(COLUMNS)}"
-        raise ValueError(f"The prompts have {wanted}; there are: {', '.join(rows.column_names)}. Choose with column.")
+        raise ValueError(
+            f"The prompts have {wanted}; there are: {', '.join(rows.column_names)}. Choose one with column= "
+            "(--column)."
+        )
     return found

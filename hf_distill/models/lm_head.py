@@ -108,6 +108,9 @@ class HeadTap:
         self.attach()
         try:
             yield
+        except BaseException:
+            self.result = None  # which holds the step's graph
+            raise
         finally:
             self._run = self._hidden = None
             if not was_attached:

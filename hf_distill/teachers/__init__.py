@@ -1,5 +1,6 @@
 """Where the teacher's signals come from. A teacher is anything that turns inputs into a `TeacherOutput`."""
 
+from hf_distill.signals import SparseLogits, TeacherOutput
 from hf_distill.teachers.base import FactoredTeacher, RecordingTeacher, SparseTeacher, Teacher, takes_factored
 from hf_distill.teachers.loading import load_student, load_teacher
 from hf_distill.teachers.local import AdapterOffTeacher, LocalTeacher, in_eval_mode
@@ -10,8 +11,10 @@ __all__ = [
     "FactoredTeacher",
     "LocalTeacher",
     "RecordingTeacher",
+    "SparseLogits",
     "SparseTeacher",
     "Teacher",
+    "TeacherOutput",
     "TopKTeacher",
     "in_eval_mode",
     "load_student",

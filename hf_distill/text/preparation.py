@@ -32,11 +32,12 @@ def text_format(dataset: Any, text_field: str = "text") -> TextFormat | None:
     if isinstance(dataset, Mapping):
         formats = (text_format(part, text_field) for part in dataset.values())
         return next((found for found in formats if found is not None), None)
-    columns = _columns(dataset)
+    columns = columns_of(dataset)
     return None if columns is None else find_format(columns, text_field)
 
 
-def _columns(dataset: Any) -> list[str] | None:
+def columns_of(dataset: Any) -> list[str] | None:
+    """The columns of a data set; None where they cannot be told, or are made as the rows are read."""
     if isinstance(dataset, list | tuple):
         return [*dataset[0]] if dataset and isinstance(dataset[0], Mapping) else None
     if isinstance(dataset, Dataset):
@@ -101,7 +102,7 @@ def _prepared(
 ) -> Any:
     packs = training and args.packing
     wraps = packs and args.packing_strategy == "wrapped"
-    columns = _columns(dataset) or []
+    columns = columns_of(dataset) or []
     stays = [column for column in columns if column in {*kept} or column.startswith(TEACHER_PREFIX)]
     rows = RowTokenizer.of_arguments(args, tokenizer, found, cuts=not wraps, kept=[] if packs else stays)
     described = {"desc": f"Tokenising {name}"} if isinstance(dataset, Dataset) else {}
@@ -168,6 +169,15 @@ def longest_row(dataset: Any) -> int | None:
         batches = (pc.max(pc.list_flatten(batch["position_ids"])) for batch in _arrow(dataset))
         return 1 + max(most.as_py() for most in batches)
     return max(pc.max(pc.list_value_length(batch["input_ids"])).as_py() for batch in _arrow(dataset))
+
+
+def largest_token(dataset: Dataset) -> int:
+    """The largest id in the rows.
+
+    Args:
+        dataset: as `prepare_text` returns it.
+    """
+    return max(pc.max(pc.list_flatten(batch["input_ids"])).as_py() for batch in _arrow(dataset))
 
 
 def prompt_lengths(dataset: Dataset) -> np.ndarray:

@@ -1,6 +1,8 @@
 """`hf-distill generate`: what it writes, prints and refuses. That its help loads no torch: see test_student."""
 
 import json
+import subprocess
+import sys
 
 import datasets
 import pytest
@@ -45,7 +47,10 @@ def test_answers_are_written_and_summed_up(teacher, tmp_path, capsys):
     [
         (["--max_new_tokens", "64"], "no room"),
         (["--max_new_tokens", "4", "--top_p", "0.5"], "do_sample"),
-        (["--max_new_tokens", "4", "--column", "question"], "no column 'question'"),
+        (
+            ["--max_new_tokens", "4", "--column", "question"],
+            "no column 'question'; there are: text. Choose one with column= (--column)",
+        ),
         (["--max_new_tokens", "4", "--tokenizer", "nowhere/at-all"], "nowhere/at-all"),
         (["--teacher_model_init_kwargs", "bfloat16"], "no JSON object"),
     ],
@@ -57,6 +62,21 @@ def test_an_error_is_one_line_without_a_traceback(teacher, tmp_path, capsys, opt
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+def test_an_interruption_is_one_line(teacher, tmp_path, capsys, monkeypatch):
+    def stop(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hf_distill.generation.answers.generate_answers", stop)
+    assert generate(teacher, tmp_path) == 130
+    assert capsys.readouterr().err == "hf-distill generate: stopped; repeat the command to go on\n"
+
+
+def test_the_package_is_a_command():
+    done = subprocess.run([sys.executable, "-m", "hf_distill", "--version"], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stdout.startswith("hf-distill ")
 
 
 def test_every_argument_has_an_option_and_its_help(capsys):

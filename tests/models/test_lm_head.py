@@ -153,7 +153,7 @@ def lora(*modules, **options):
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (lambda: lora("q_proj", "lm_head"), "the head of LlamaForCausalLM is a Linear, not a plain"),
+        (lambda: lora("q_proj", "lm_head"), "the head of LlamaForCausalLM has an adapter"),
         (lambda: llama().half(), "held in torch.float16"),
         (lambda: hf.BertModel(hf.BertConfig(**_TEXT)), "BertModel names no output embeddings"),
     ],
