@@ -169,7 +169,7 @@ class TextMixin(LayerTrainingMixin):
         models = {"student": student}
         if self.teacher is not None and not isinstance(self.teacher, AdapterOffTeacher):
             models["teacher"] = self.teacher.model
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else None
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
         collator = make_collator(self.args, self._tokenizer, training=True)
         for role, model in models.items():
             if is_deepspeed_zero3_enabled() or any(parameter.is_meta for parameter in model.parameters()):
