@@ -21,7 +21,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks.environment import environment
 from benchmarks.step_overhead.contenders import BACKBONES, OF_LANGUAGE_MODELS
-from benchmarks.step_overhead.measure import extra_peak, extra_peak_here, time_in_turns, waits_of_the_host
+from benchmarks.step_overhead.measure import MEMORY_RUNS, extra_peak, extra_peak_here, time_in_turns, waits_of_the_host
 from benchmarks.step_overhead.workloads import WORKLOADS
 
 ROUNDS = {"bert": 20, "llama": 7, "llama-152k": 3}
@@ -32,7 +32,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     workload, where = WORKLOADS[name], {"device": options.device, "bf16": options.bf16}
     rows = time_in_turns(name, rounds=options.rounds or ROUNDS[name], **where)
     for contender, row in rows.items():
-        row["extra_peak_mib"] = extra_peak(name, contender, **where)
+        row["extra_peak_mib"] = extra_peak(name, contender, runs=options.memory_runs, **where)
         if options.check_sync:
             row["host_waits_at"] = waits_of_the_host(name, contender, bf16=options.bf16)
     goals, reached = {"time_over_floor": workload.time_goal}, {"time_over_floor": rows["ours"]["time_over_floor"]}
@@ -83,6 +83,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_overhead", description=__doc__.splitlines()[0])
     parser.add_argument("--workloads", nargs="+", default=list(WORKLOADS), choices=list(WORKLOADS))
     parser.add_argument("--rounds", type=int, help=f"at least 2; default by workload: {ROUNDS}")
+    parser.add_argument("--memory-runs", type=int, default=MEMORY_RUNS, help="processes whose median peak is taken")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--threads", type=int, default=1, help="torch threads on the CPU")
     parser.add_argument("--bf16", action="store_true", help="mixed precision, as TrainingArguments(bf16=True)")

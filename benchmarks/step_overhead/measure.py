@@ -93,13 +93,13 @@ def extra_peak_here(workload_name: str, name: str, *, device: str, bf16: bool) -
     return (status_bytes("VmHWM") - before) / MIB
 
 
-def extra_peak(workload_name: str, name: str, *, device: str, bf16: bool) -> float:
+def extra_peak(workload_name: str, name: str, *, runs: int, device: str, bf16: bool) -> float:
     """The median `extra_peak_here` of fresh processes, so that no contender finds another's leavings."""
     command = [sys.executable, "-m", "benchmarks.step_overhead", "--workloads", workload_name]
     command += ["--memory-of", name, "--device", device, "--threads", str(torch.get_num_threads())]
     command += ["--bf16"] if bf16 else []
     peaks = []
-    for _ in range(MEMORY_RUNS):
+    for _ in range(runs):
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0:
             raise RuntimeError(f"Measuring the memory of {name} failed; expected a number.\n{done.stderr}")
