@@ -24,7 +24,7 @@ class ScriptArguments:
     dataset: str = field(default="snips", metadata={"help": "snips, a file, a folder or a Hub name."})
     text_column: str = field(default="text", metadata={"help": "Column of the texts."})
     label_column: str = field(default="label", metadata={"help": "Column of the labels; empty ones are unlabelled."})
-    max_length: int = field(default=128, metadata={"help": "Longest input, in tokens."})
+    text_length: int = field(default=128, metadata={"help": "Longest input, in tokens."})
 
 
 def main() -> None:
@@ -37,9 +37,9 @@ def main() -> None:
     own_inputs = student_tokenizer.get_vocab() != teacher_tokenizer.get_vocab()
 
     def tokenize(rows: dict) -> dict:
-        columns = dict(student_tokenizer(rows["text"], truncation=True, max_length=script.max_length))
+        columns = dict(student_tokenizer(rows["text"], truncation=True, max_length=script.text_length))
         if own_inputs:
-            teacher = teacher_tokenizer(rows["text"], truncation=True, max_length=script.max_length)
+            teacher = teacher_tokenizer(rows["text"], truncation=True, max_length=script.text_length)
             columns |= {f"teacher_{name}": value for name, value in teacher.items()}
         return columns
 
