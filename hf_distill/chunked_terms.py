@@ -164,7 +164,7 @@ class ChunkedTerms:
                 self._tap.reason = f"the student's head reads {self._tap.shape} positions of {tuple(mask.shape)}"
         if self.reason is None and with_task and self._is_cross_entropy is None:
             with _beside_the_training(), torch.no_grad():
-                self._is_cross_entropy = self._own_loss_is_plain(student, arguments, task)
+                self._is_cross_entropy = self._own_loss_is_plain(student, arguments, task, mask.shape)
         reason = self.reason
         if reason is None and not isinstance(teacher, SparseTeacher) and not teacher.gives_factors:
             reason = "the teacher's logits cannot be taken apart"
@@ -175,11 +175,13 @@ class ChunkedTerms:
         self._kept = KeptPlaces(mask) if reason is None else None
         return reason is None
 
-    def _own_loss_is_plain(self, student: nn.Module, arguments: Mapping[str, Any], task: Task) -> bool:
+    def _own_loss_is_plain(
+        self, student: nn.Module, arguments: Mapping[str, Any], task: Task, shape: torch.Size
+    ) -> bool:
         """Whether the model's own loss on a few positions is the cross-entropy of its logits there."""
         assert self._tap is not None
         config, device = task_model(student).config.get_text_config(decoder=True), task_model(student).device
-        rows, length = self._tap.shape
+        rows, length = shape
         # Labels of our own: those of the batch may all lie elsewhere, and all ranks must run as many forwards.
         labels = torch.arange(rows * length, device=device).view(rows, length)[:, WINDOW] % config.vocab_size
         seen: list[Any] = []

@@ -192,7 +192,11 @@ class StageRunner:
         return {"origin": origin, "name": name, **fingerprint(teacher.model)}
 
     def _relative(self, name: str) -> str:
-        return os.path.relpath(name, self._args.output_dir) if os.path.isdir(name) else name
+        if not os.path.isdir(name):
+            return name
+        folder = os.path.relpath(name, self._args.output_dir)
+        # The file is pushed with the student: what lies elsewhere on this machine is named without its way there.
+        return Path(name).resolve().name if folder.startswith(os.pardir) else folder
 
 
 def _check_start(began: Mapping[str, Any], record: Mapping[str, Any]) -> None:

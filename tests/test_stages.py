@@ -319,7 +319,7 @@ def test_a_teacher_by_name_is_loaded_once(tmp_path, monkeypatch):
     by_name = run(tmp_path / "name", teacher_model=str(tmp_path / "teacher"))
     assert loaded.count("teacher") == 1
     assert_same_bits(by_name.trainer.model, weights(run(tmp_path / "module").trainer.model))
-    assert lineage(tmp_path / "name")["stages"][1]["teacher"]["name"] == "../teacher"
+    assert lineage(tmp_path / "name")["stages"][1]["teacher"]["name"] == "teacher"
 
 
 def test_a_stage_without_a_teachers_term_needs_no_teacher(tmp_path):

@@ -56,6 +56,17 @@ def test_the_metrics_are_those_of_the_logits(name, options, tmp_path, monkeypatc
     assert_same_metrics(make, monkeypatch, *ALL)
 
 
+def test_batches_of_another_size_than_the_trainings_are_evaluated(tmp_path, monkeypatch):
+    def make():
+        # Without the task's weight the training has not looked at the model's own loss: the evaluation does.
+        options = {"task_weight": 0.0, "kd_weight": 1.0, "per_device_eval_batch_size": 2}
+        trainer = make_trainer(tmp_path, "llama", eval_dataset=rows("causal", 6), **options)
+        trainer.train()
+        return trainer
+
+    assert_same_metrics(make, monkeypatch, *ALL)
+
+
 @pytest.mark.parametrize("loss", ["forward_kl", "dkd"])
 @pytest.mark.parametrize("name", ["llama", "bert-masked"])
 def test_unlabelled_text_has_the_teachers_metrics(name, loss, tmp_path, monkeypatch):
