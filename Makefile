@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH := $(shell sed -n 's/^\(torch==.*\)$$/\1/p' constraints.txt)
-SOURCES := hf_distill tests scripts benchmarks
+SOURCES := hf_distill tests scripts benchmarks docs/*.py
 
-.PHONY: demo test lint quality clean
+.PHONY: demo test lint quality docs clean
 
 # torch comes first and alone, so that no range of another package can pull a second build of it.
 $(STAMP): pyproject.toml constraints.txt
@@ -31,6 +31,9 @@ lint: $(STAMP)  ## complain
 quality: $(STAMP)  ## mend what can be mended
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
+
+docs: $(STAMP)  ## the site, into build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build dist

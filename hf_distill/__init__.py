@@ -24,6 +24,7 @@ _EXPORTS = {
     "generate_answers": "generation.answers",
     "tokenize_for_teacher": "token_alignment",
     "weigh_phrases": "phrases",
+    "make_report": "report",
 }
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "generate_answers",
     "load_metric",
     "logit_mse",
+    "make_report",
     "run_stages",
     "tokenize_for_teacher",
     "trim_vocabulary",
@@ -56,6 +58,7 @@ if TYPE_CHECKING:
     from hf_distill.metrics import compute_metrics_for, load_metric
     from hf_distill.models.student import build_student, trim_vocabulary
     from hf_distill.phrases import weigh_phrases
+    from hf_distill.report import make_report
     from hf_distill.stages import Stage, run_stages
     from hf_distill.token_alignment import tokenize_for_teacher
     from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer

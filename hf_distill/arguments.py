@@ -11,8 +11,10 @@ from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.config import DistillationConfig, default_config, flat_values, read_map, with_flat_values, write_map
 from hf_distill.config.checks import check_choice
+from hf_distill.metrics.direction import smaller_is_better
 from hf_distill.on_policy_arguments import OnPolicyArguments
 from hf_distill.presets import load_preset
+from hf_distill.publishing import TokensNotPickled
 from hf_distill.schedules import Schedule
 from hf_distill.temperature import TemperaturePolicy, write_temperature
 from hf_distill.text.arguments import TextArguments
@@ -51,8 +53,8 @@ _OF_THE_LOGITS = (
     "item_weights",
     "token_alignment",
 )
-# Of an evaluation what is better where it is smaller; of names that end in loss Trainer knows it.
-_DISTANCES = re.compile(r"(.+_)?(kd|perplexity|mse|kl_to_teacher|expected_calibration_error|loss_.+)")
+# More of it is better, whatever the metric.
+_RETENTION = re.compile(r"(.+_)?retention_.+")
 
 
 def _unless_given(help_text: str) -> Any:
@@ -61,7 +63,7 @@ def _unless_given(help_text: str) -> Any:
 
 
 @dataclass
-class DistillationTrainingArguments(OnPolicyArguments, TextArguments, TrainingArguments):
+class DistillationTrainingArguments(OnPolicyArguments, TextArguments, TokensNotPickled, TrainingArguments):
     """`TrainingArguments` plus what a distillation needs; every field is also a command-line option.
 
     `preset` or `distillation_config` say what is minimised, and the flat fields change it; without either, the flat
@@ -204,11 +206,22 @@ class DistillationTrainingArguments(OnPolicyArguments, TextArguments, TrainingAr
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Arguments of from_pretrained for a student given by name."}
     )
+    evaluate_teacher: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether evaluations add eval_teacher_<metric> and eval_retention_<metric>, the share of the "
+            "teacher's score that the student reaches, for each metric of compute_metrics. The teacher is scored once "
+            "for an evaluation set."
+        },
+    )
 
     def __post_init__(self) -> None:
         self._read_json()
-        if self.greater_is_better is None and _DISTANCES.fullmatch(self.metric_for_best_model or ""):
-            self.greater_is_better = False
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            if self.evaluate_teacher and _RETENTION.fullmatch(self.metric_for_best_model):
+                self.greater_is_better = True
+            elif smaller_is_better(self.metric_for_best_model):
+                self.greater_is_better = False
         super().__post_init__()
         for name in ("teacher_model_init_kwargs", "model_init_kwargs"):
             if isinstance(value := getattr(self, name), str):
@@ -284,6 +297,12 @@ class DistillationTrainingArguments(OnPolicyArguments, TextArguments, TrainingAr
 
     def _check_readers(self) -> None:
         """Refuses a loss or a map that no term reads. A search that tries a weight of 0 may keep its loss."""
+        unread = self.prediction_loss_only or "loss" in self.include_for_metrics
+        if self.evaluate_teacher and unread:
+            raise ValueError(
+                "evaluate_teacher=True compares scores of predictions, without losses. Drop prediction_loss_only and "
+                "'loss' in include_for_metrics, or evaluate_teacher."
+            )
         for name in _OF_THE_LOGITS:
             if (value := getattr(self, name)) is not None and self.kd_weight == 0:
                 raise ValueError(f"{name}={value!r}, but kd_weight is 0, so nobody reads it. Set the weight.")

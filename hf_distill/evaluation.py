@@ -123,12 +123,14 @@ class EvaluationMixin(TrainerBase):
                 getattr(self.model, "config", None), "keys_to_ignore_at_inference", ["past_key_values"]
             )
         logits = nested_detach(tuple(v for k, v in outputs.items() if k not in [*ignore_keys, "loss"]))
+        return loss, logits[0] if len(logits) == 1 else logits, self.given_labels(inputs)
+
+    def given_labels(self, inputs: Mapping[str, Any]) -> Any:
+        """A batch's labels as `Trainer` hands them to metrics: a tensor or several, None unless all are there."""
         labels: Any = nested_detach(tuple(inputs[name] for name in self.label_names if name in inputs))
         if len(labels) < len(self.label_names) or not labels:
-            labels = None
-        elif len(labels) == 1:
-            labels = labels[0]
-        return loss, logits[0] if len(logits) == 1 else logits, labels
+            return None
+        return labels[0] if len(labels) == 1 else labels
 
     def evaluation_loop(
         self,

@@ -16,6 +16,7 @@ from transformers import (
     Trainer,
     default_data_collator,
 )
+from transformers.utils.import_utils import is_in_notebook
 
 from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.adapters import add_adapters, check_adapters
@@ -24,6 +25,7 @@ from hf_distill.batches import TEACHER_OUTPUT, Batch, split_batch
 from hf_distill.chunked_terms import ChunkedTerms
 from hf_distill.collator import TEACHER_POSITIONS, TEACHER_PREFIX, DistillationCollator
 from hf_distill.dataset_checks import check_batch, find_label, label_filler
+from hf_distill.evidence import EvidenceMixin
 from hf_distill.fused_terms import FusedTerms
 from hf_distill.histograms import write_histogram
 from hf_distill.items import LABEL_MASK
@@ -33,6 +35,7 @@ from hf_distill.models.heads import frame_mask, input_names
 from hf_distill.objective import loss_name
 from hf_distill.on_policy import make_on_policy
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
+from hf_distill.publishing import PublishingMixin
 from hf_distill.setup import (
     check_arguments,
     check_label_names,
@@ -42,6 +45,7 @@ from hf_distill.setup import (
     make_teacher,
     teacher_tokenizer,
 )
+from hf_distill.teacher_scores import TeacherScoresMixin, check_teacher_scores
 from hf_distill.teachers import Teacher
 from hf_distill.temperature import TemperaturePolicy
 from hf_distill.temperature_log import Histogram, TemperatureMeter
@@ -49,7 +53,7 @@ from hf_distill.text_setup import TextMixin
 from hf_distill.weighting import ItemWeighting, weighting_columns
 
 
-class DistillationMixin(TextMixin):
+class DistillationMixin(EvidenceMixin, PublishingMixin, TeacherScoresMixin, TextMixin):
     """What a distillation changes in `Trainer`; put it before the trainer class it extends.
 
     Takes `Trainer`'s arguments and these:
@@ -96,6 +100,10 @@ class DistillationMixin(TextMixin):
         self._teacher_tokenizer = teacher_processing_class
         super().__init__(student, args, *trainer_args, **trainer_kwargs)
         self.model_accepts_loss_kwargs = False
+        if is_in_notebook():
+            from hf_distill.callbacks import use_notebook_table  # IPython is not everywhere
+
+            use_notebook_table(self.callback_handler)
         if args.task_weight > 0:
             check_label_names(self.label_names)
         self.teacher = make_teacher(
@@ -123,6 +131,7 @@ class DistillationMixin(TextMixin):
             always_mask=self.accelerator.num_processes > 1 and self.accelerator.dispatch_batches is not False,
         )
         check_logits(self, self._some_label)
+        check_teacher_scores(self)
         self._on_policy = make_on_policy(self)
         self._plan_weights()
         self._plan_layers(self.model)
@@ -244,7 +253,8 @@ class DistillationMixin(TextMixin):
         self._windows += 1
         self._step_weights = self._weights(terms)
         # A match is computed while its scheduled weight is 0, too.
-        on = {name for name, weight in terms.weights.items() if weight > 0} | {match.name for match in terms.matches}
+        weighed = [name for name, weight in terms.weights.items() if weight > 0]
+        on = dict.fromkeys([*weighed, *(match.name for match in terms.matches)])  # in one order in every run
         self._term_steps.update(f"loss_{name}" for name in on if has_targets or name != "task")
         self._meter.add("labelled", counts.labelled)
         self._meter.add("rows", counts.rows)
@@ -312,7 +322,7 @@ class DistillationTrainer(DistillationMixin, Trainer):
     """`transformers.Trainer` that distils: the same arguments, plus `teacher_model` (see `DistillationMixin`)."""
 
 
-class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):  # type: ignore[misc]
+class Seq2SeqDistillationTrainer(DistillationMixin, Seq2SeqTrainer):
     """`transformers.Seq2SeqTrainer` that distils: its arguments plus `teacher_model` (see `DistillationMixin`)."""
 
     _arguments_class = Seq2SeqDistillationTrainingArguments

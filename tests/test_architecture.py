@@ -28,7 +28,7 @@ LAYERS = (
     (
         "sources and settings",
         {"temperature", "teachers", "config", "presets", "collator", "pairing"}
-        | {"weighting", "phrase_index", "phrases", "row_weights", "generation", "text"},
+        | {"weighting", "phrase_index", "phrases", "row_weights", "generation", "text", "sources"},
     ),
     (
         "composition",
@@ -52,9 +52,11 @@ LAYERS = (
             "step",
         }
         | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup", "chunked_step"}
-        | {"adapters", "on_policy", "on_policy_arguments", "text_setup"},
+        | {"publishing"}
+        | {"provenance", "run_record", "evidence", "card", "report"}
+        | {"adapters", "on_policy", "on_policy_arguments", "text_setup", "teacher_scores"},
     ),
-    ("edges", {"cli", "demo", "__main__"}),
+    ("edges", {"cli", "demo", "recipes", "__main__"}),
 )
 LAYER_OF = {part: number for number, (_, parts) in enumerate(LAYERS) for part in parts}
 EDGES = len(LAYERS) - 1

@@ -42,6 +42,7 @@ OURS = {
     "preset": "tinybert",
     "teacher_model_init_kwargs": {"dtype": "bfloat16", "revision": "main"},
     "model_init_kwargs": {"attn_implementation": "eager"},
+    "evaluate_teacher": True,
     "dataset_text_field": "content",
     "max_length": 512,
     "truncation_mode": "keep_start",  # keep_end cuts nothing of wrapped rows

@@ -8,8 +8,9 @@ from importlib import import_module
 import hf_distill
 
 # Each is a module of this package with DESCRIPTION, `add_arguments(parser)` and `run(arguments)`, which itself imports
-# what is heavy.
-COMMANDS = ("student", "generate")
+# what is heavy. One with TAKES_MORE gets the options that are not its own as `arguments.more`.
+COMMANDS = ("train", "student", "generate", "report", "card", "presets")
+_REMEDIES = {"generate": "; repeat the command to go on", "train": "; repeat the command with --resume to go on"}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -20,9 +21,13 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
         module = import_module(f"hf_distill.cli.{name}")
-        command = commands.add_parser(name, help=module.DESCRIPTION, description=module.DESCRIPTION)
+        takes_more = getattr(module, "TAKES_MORE", False)
+        command = commands.add_parser(
+            name, help=module.DESCRIPTION, description=module.DESCRIPTION, allow_abbrev=not takes_more
+        )
         module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+        command.set_defaults(run=module.run, takes_more=takes_more)
     return parser
 
 
@@ -32,7 +37,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns: 0; 1 where it failed; 2 (by argparse, which exits) where the arguments are wrong; 130 where it was
     stopped.
     """
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments, more = parser.parse_known_args(argv)
+    if more and not arguments.takes_more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    arguments.more = more
     try:
         arguments.run(arguments)
     except (ValueError, TypeError, OSError, ImportError) as error:
@@ -43,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         if arguments.debug:
             raise
-        remedy = "; repeat the command to go on" if arguments.command == "generate" else ""
+        remedy = _REMEDIES.get(arguments.command, "")
         print(f"hf-distill {arguments.command}: stopped{remedy}", file=sys.stderr)
         return 130
     return 0

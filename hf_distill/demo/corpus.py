@@ -4,13 +4,13 @@ import csv
 import gzip
 from dataclasses import dataclass
 from importlib.resources import files
-from pathlib import Path
 from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
 from hf_distill.collator import LABEL_COLUMNS
-from hf_distill.items import IGNORE_INDEX
+from hf_distill.recipes.labels import class_number, is_missing
+from hf_distill.sources import load_splits
 
 TEST_FRACTION = 0.1
 
@@ -27,7 +27,7 @@ class Corpus:
 def load_corpus(
     name: str, *, text_column: str = "text", label_column: str = "label", keeps_others: bool = False
 ) -> Corpus:
-    """Returns 'snips' from the package, else what `datasets.load_dataset` finds under the name or path.
+    """Returns 'snips' from the package, else what `load_splits` finds under the name or path.
 
     A dataset with a `test` split is tested there, else on `validation`, else on a tenth of `train` drawn with seed 0.
 
@@ -39,17 +39,7 @@ def load_corpus(
     """
     if name == "snips":
         return _corpus(_read_snips("train"), _read_snips("test"), "text", "label", keeps_others=keeps_others)
-    path = Path(name)
-    if path.is_file():
-        loader = {".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}.get(path.suffix)
-        if loader is None:
-            raise ValueError(
-                f"Cannot read '{name}': expected a .csv, .json, .jsonl or .parquet file, or a folder of them."
-            )
-        splits = load_dataset(loader, data_files=name)
-    else:
-        splits = load_dataset(name)
-    train, test = _train_and_test(splits)
+    train, test = _train_and_test(load_splits(name))
     return _corpus(train, test, text_column, label_column, keeps_others=keeps_others)
 
 
@@ -72,18 +62,8 @@ def labelled_rows(rows: Dataset) -> Dataset:
     return rows.select([index for index, label in enumerate(rows["label"]) if label is not None])
 
 
-def _is_missing(label: object) -> bool:
-    return label in (None, "", IGNORE_INDEX) or label != label  # NaN, as an empty cell among numbers is read
-
-
-def _class_number(label: Any) -> int | None:
-    """The class that a number, or a string of digits, stands for; empty cells make numbers floats."""
-    text = str(label).removesuffix(".0")
-    return int(text) if text.isdecimal() else None
-
-
 def _with_numbers(rows: Dataset, column: str) -> Dataset:
-    numbers = [None if _is_missing(label) else _class_number(label) for label in rows[column]]
+    numbers = [None if is_missing(label) else class_number(label) for label in rows[column]]
     return rows.remove_columns(column).add_column(column, numbers)
 
 
@@ -111,8 +91,8 @@ def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str, 
     if isinstance(feature, ClassLabel):
         values, names = list(range(feature.num_classes)), tuple(feature.names)
     else:
-        values = sorted({value for value in train[label_column] if not _is_missing(value)})
-        numbers = [number for number in map(_class_number, values) if number is not None]
+        values = sorted({value for value in train[label_column] if not is_missing(value)})
+        numbers = [number for number in map(class_number, values) if number is not None]
         names = tuple(str(value) for value in values)
         if numbers and len(numbers) == len(values):  # numbers are the classes' own, also where one has no row here
             names = tuple(str(number) for number in range(max(numbers) + 1))
@@ -121,7 +101,7 @@ def _corpus(train: Dataset, test: Dataset, text_column: str, label_column: str, 
     index_of: dict[Any, int] = {value: index for index, value in enumerate(values)}
 
     def indexed(rows: Dataset) -> Dataset:
-        labels = [None if _is_missing(value) else value for value in rows[label_column]]
+        labels = [None if is_missing(value) else value for value in rows[label_column]]
         unknown = {*labels} - {None, *index_of}
         if unknown:
             raise ValueError(

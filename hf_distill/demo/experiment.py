@@ -5,9 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import datasets
 import torch
-import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -19,6 +17,7 @@ from hf_distill.demo.models import STUDENT_SHAPE, TEACHER_SHAPE, build_classifie
 from hf_distill.demo.results import DemoResults, ModelResult
 from hf_distill.demo.settings import DemoSettings
 from hf_distill.demo.training import Run, distil, encode, train_on_labels
+from hf_distill.recipes.progress import quiet_libraries
 
 PRETRAINED_LEARNING_RATE = 1e-4
 TEACHER_LEARNING_RATE = 2e-3
@@ -178,11 +177,8 @@ def _quiet(threads: int) -> Iterator[None]:
     """Sets the CPU threads and silences other libraries' bars, and puts all of it back."""
     threads_before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
     try:
-        yield
+        with quiet_libraries():
+            yield
     finally:
         torch.set_num_threads(threads_before)
-        datasets.enable_progress_bars()
-        transformers.utils.logging.enable_progress_bar()

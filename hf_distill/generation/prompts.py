@@ -5,16 +5,16 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, load_dataset, load_from_disk
+from datasets import Dataset
+
+from hf_distill.sources import load_rows
 
 # A text, or a conversation: messages of {"role": ..., "content": ...}.
 Prompt = str | list[dict[str, Any]]
 
 COLUMNS = ("prompt", "messages", "text")
-_LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _ROWS_AT_A_TIME = 1000
 _ROWS_NAMED = 5
 
@@ -61,17 +61,7 @@ def read_prompts(
         return source
     if not isinstance(source, str | os.PathLike):
         return Dataset.from_dict({"prompt": list(source)})
-    path = Path(source)
-    if any((path / name).is_file() for name in ("state.json", "dataset_dict.json")):
-        saved = load_from_disk(str(path))
-        if isinstance(saved, Dataset):
-            return saved
-        if split not in saved:
-            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(saved)}.")
-        return saved[split]
-    if path.suffix in _LOADERS:
-        return load_dataset(_LOADERS[path.suffix], data_files=str(path), split=split)
-    return load_dataset(os.fspath(source), dataset_config, split=split)
+    return load_rows(source, split, dataset_config)
 
 
 def as_prompt(value: Any) -> Prompt | None:

@@ -1,0 +1,228 @@
+"""From a recipe to a trained, measured and saved student."""
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from rich.console import Console
+from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_distill.arguments import Seq2SeqDistillationTrainingArguments
+from hf_distill.lineage import Lineage
+from hf_distill.models.student.report import count_parameters
+from hf_distill.recipes.data import metrics_of, prepare, split_rows
+from hf_distill.recipes.measure import data_name
+from hf_distill.recipes.models import Models, adapters, load_models
+from hf_distill.recipes.progress import TrainingProgress, quiet_libraries
+from hf_distill.recipes.reading import stages_of
+from hf_distill.recipes.recipe import Recipe
+from hf_distill.stage_plan import Stage, plan_stages
+from hf_distill.stage_runner import StageRunner
+from hf_distill.stages import preset_stages, run_stages
+from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
+
+_GENERATION = {field.name for field in dataclasses.fields(Seq2SeqTrainingArguments)} - {
+    field.name for field in dataclasses.fields(TrainingArguments)
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a recipe leaves.
+
+    Attributes:
+        folder: where the student is.
+        metrics: of the training and of the evaluation at its end.
+        report: of teacher and student, if it was asked for.
+    """
+
+    folder: Path
+    metrics: Mapping[str, float]
+    report: Any | None = None
+
+
+def run_recipe(
+    recipe: Recipe, *, resume: bool = False, dry_run: bool = False, console: Console | None = None
+) -> Trained | None:
+    """Trains, evaluates and saves a student, and writes its report and card.
+
+    Args:
+        recipe: what to do.
+        resume: go on from the last checkpoint, or begin where there is none.
+        dry_run: load and check everything, make the first batch, train nothing and leave nothing.
+        console: where progress is printed; None: standard error.
+
+    Returns: what was trained; None of a dry run.
+
+    Raises:
+        ValueError: anything that cannot be trained as asked, before the first step.
+    """
+    progress = TrainingProgress(console or Console(stderr=True))
+    with ExitStack() as stack:
+        stack.callback(progress.close)
+        stack.enter_context(quiet_libraries())
+        arguments = dict(recipe.arguments)
+        if "output_dir" not in arguments:
+            raise ValueError("arguments.output_dir is missing: the folder for the student.")
+        if dry_run:
+            arguments["output_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
+        args = Seq2SeqDistillationTrainingArguments(**{"disable_tqdm": True, **arguments})
+        job = _Job(recipe, args, progress)
+        if dry_run:
+            job.rehearse()
+            return None
+        return job.train(resume=resume)
+
+
+class _Job:
+    """One recipe with its models and data loaded."""
+
+    def __init__(self, recipe: Recipe, args: Any, progress: TrainingProgress) -> None:
+        self._recipe, self._args, self._progress = recipe, args, progress
+        self._models = models = load_models(recipe, args)
+        if unread := sorted(_GENERATION & {*recipe.arguments}) if models.task != "text2text-generation" else []:
+            raise ValueError(f"arguments.{unread[0]} is of text2text-generation alone, and the task is {models.task}.")
+        if recipe.stages is not None and args.resume_from_checkpoint:
+            raise ValueError(
+                "arguments.resume_from_checkpoint is of one training, and there are stages. Use --resume."
+            )
+        with args.main_process_first(desc="reading the rows"):
+            rows = split_rows(recipe.data)
+        if recipe.report_options is not None and rows[1] is None:
+            raise ValueError("report measures on rows to evaluate on, and there are none. Set data.eval.")
+        data = prepare(*rows, recipe.data, models, args)
+        if data.is_lazy:
+            args.remove_unused_columns = False
+        self._train_dataset = data.train
+        pads = hasattr(models.processor, "pad")  # an image processor has nothing to pad
+        self._options = {
+            "eval_dataset": data.eval,
+            "data_collator": data.collator,
+            "processing_class": models.processor,
+            "teacher_processing_class": models.teacher_processor if pads else None,
+            "compute_metrics": None if data.eval is None else metrics_of(models, recipe.metrics),
+            "callbacks": [] if not args.disable_tqdm else [progress],
+        }
+        self._class = _without_printer(
+            Seq2SeqDistillationTrainer if models.task == "text2text-generation" else DistillationTrainer
+        )
+        for line in _summary(models, data.train, data.eval):
+            self._say(line)
+
+    def _say(self, line: str) -> None:
+        if PartialState().is_main_process:
+            self._progress.say(line)
+
+    def train(self, *, resume: bool) -> Trained:
+        """Trains what the recipe says, in one training or in stages."""
+        args, metrics = self._args, {}
+        folder = Path(args.output_dir)
+        if self._recipe.stages is not None:
+            run = run_stages(
+                self._stages(),
+                model=self._models.student,
+                args=args,
+                teacher_model=self._models.teacher,
+                train_dataset=self._train_dataset,
+                trainer_cls=self._class,
+                resume=resume,
+                **self._options,
+            )
+            trainer = run.trainer
+        else:
+            trainer = self._trainer()
+            checkpoint = self._checkpoint(folder) if resume else args.resume_from_checkpoint
+            done = trainer.train(resume_from_checkpoint=checkpoint)
+            metrics = dict(done.metrics)
+            trainer.save_model()
+            trainer.save_state()
+            trainer.save_metrics("train", metrics)
+        metrics |= self._evaluate(trainer)
+        options = self._recipe.report_options
+        report = (
+            None if options is None else trainer.report(**{"data_name": data_name(self._recipe.data.train), **options})
+        )
+        if self._recipe.card and trainer.is_world_process_zero():
+            trainer.create_model_card()
+        if args.push_to_hub:
+            trainer.push_to_hub()
+        return Trained(folder, metrics, report)
+
+    def _trainer(self) -> Any:
+        return self._class(
+            model=self._models.student,
+            teacher_model=self._models.teacher,
+            args=self._args,
+            train_dataset=self._train_dataset,
+            peft_config=adapters(self._recipe.student),
+            **self._options,
+        )
+
+    def _checkpoint(self, folder: Path) -> str | None:
+        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+        self._say(f"No checkpoint in {folder}: beginning." if found is None else f"Going on from {found}.")
+        return found
+
+    def _stages(self) -> tuple[Stage, ...]:
+        stages = self._recipe.stages
+        if not isinstance(stages, str):
+            return tuple(stages_of(self._recipe))
+        own = {name for stage in preset_stages(stages) for name in stage.training} | {"max_steps", "layer_mapping"}
+        given = {name: value for name, value in self._recipe.arguments.items() if name in own}
+        return preset_stages(stages, **given)
+
+    def _evaluate(self, trainer: Any) -> dict[str, float]:
+        if self._options["eval_dataset"] is None:
+            return {}
+        metrics = trainer.evaluate()
+        if self._models.task in ("text-generation", "fill-mask", "text2text-generation") and "eval_loss" in metrics:
+            metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+        trainer.save_metrics("eval", metrics)
+        return metrics
+
+    def rehearse(self) -> None:
+        """Makes what would train, and a batch for it."""
+        if self._recipe.stages is None:
+            next(iter(self._trainer().get_train_dataloader()))
+        else:
+            shared: dict[str, Any] = {
+                "teacher_model": self._models.teacher,
+                "train_dataset": self._train_dataset,
+                "trainer_cls": self._class,
+                "trainer_kwargs": self._options,
+            }
+            stages, student = self._stages(), self._models.student
+            plan_stages(stages, self._args, model=student, **shared)
+            lineage = Lineage(Path(self._args.output_dir), writes=False)
+            StageRunner(self._args, lineage, student=student, **shared).rehearse(stages)
+        self._say("Everything fits; nothing was trained.")
+
+
+def _without_printer(cls: Any) -> Any:
+    """The trainer class, whose trainers leave it to the callbacks they are given to print."""
+
+    def make(self: Any, *args: Any, **kwargs: Any) -> None:
+        cls.__init__(self, *args, **kwargs)
+        self.remove_callback(PrinterCallback)
+
+    return type(cls.__name__, (cls,), {"__init__": make, "__module__": cls.__module__})
+
+
+def _summary(models: Models, train: Any, held_out: Any) -> list[str]:
+    """What is about to be trained, in a few lines."""
+    named = [("student", models.student), ("teacher", models.teacher)]
+    lines = [f"task: {models.task}"]
+    for name, model in named:
+        if model is not None:
+            lines.append(f"{name}: {type(model).__name__}, {count_parameters(model):,} parameters")
+    if models.built is not None:
+        lines.append(models.built)
+    evaluated = "none" if held_out is None else f"{len(held_out):,}"
+    return [*lines, f"rows: {len(train):,} to train on, {evaluated} to evaluate on"]

@@ -1,0 +1,79 @@
+"""Rows from where users keep them: a file, a folder, a data set saved to disk, or the Hub."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
+
+LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+_SAVED = ("state.json", "dataset_dict.json")
+
+
+def load_splits(source: str | os.PathLike, config: str | None = None) -> DatasetDict:
+    """All splits of a source; what has none, such as a file, is one split called `train`.
+
+    Args:
+        source: a file (txt, csv, json, jsonl, parquet), a folder of them or of images, a folder that `save_to_disk`
+            wrote, or a name on the Hub.
+        config: name of the configuration, for a source with several.
+
+    Raises:
+        ValueError: there is no such file, or none that can be read.
+    """
+    found = _load(source, config)
+    return DatasetDict(train=found) if isinstance(found, Dataset) else found
+
+
+def load_rows(source: str | os.PathLike, split: str = "train", config: str | None = None) -> Dataset:
+    """One split of a source, as `load_splits` takes it; `train[:1000]` takes a part.
+
+    Raises:
+        ValueError: the source has no such split, or cannot be read.
+    """
+    if not _is_saved(source):
+        try:
+            return _load(source, config, split=split)
+        except ValueError as error:
+            names = _split_names(source, config)
+            if not names or split.partition("[")[0] in names:
+                raise
+            raise ValueError(f"{source} has no split {split!r}; it has {', '.join(names)}.") from error
+    saved = _load(source, config)
+    if isinstance(saved, Dataset):
+        return saved
+    if split not in saved:
+        raise ValueError(f"{source} has no split {split!r}; it has {', '.join(saved)}.")
+    return saved[split]
+
+
+def _is_saved(source: str | os.PathLike) -> bool:
+    return any(Path(source, name).is_file() for name in _SAVED)
+
+
+def _arguments(source: str | os.PathLike, config: str | None) -> dict[str, Any]:
+    path = Path(source)
+    if path.suffix in LOADERS and not path.is_dir():
+        if not path.is_file():
+            raise ValueError(f"{source} is no file. Relative paths begin at {Path.cwd()}.")
+        return {"path": LOADERS[path.suffix], "data_files": str(path)}
+    if path.is_file():
+        raise ValueError(
+            f"{source} cannot be read: expected a {', '.join(LOADERS)} file, a folder of such, a folder written by "
+            "save_to_disk, or a name on the Hub."
+        )
+    return {"path": os.fspath(source), "name": config}
+
+
+def _load(source: str | os.PathLike, config: str | None, **options: Any) -> Any:
+    if _is_saved(source):
+        return load_from_disk(os.fspath(source))
+    return load_dataset(**_arguments(source, config), **options)
+
+
+def _split_names(source: str | os.PathLike, config: str | None) -> list[str]:
+    arguments = _arguments(source, config)
+    try:
+        return get_dataset_split_names(arguments.pop("path"), arguments.pop("name", None), **arguments)
+    except (ValueError, OSError):
+        return []

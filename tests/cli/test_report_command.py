@@ -1,0 +1,111 @@
+"""`hf-distill report` and `hf-distill card`: on folders, as after a training."""
+
+import json
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from hf_distill.cli.main import main
+from hf_distill.cli.report import read_columns
+from tests import tiny
+from tests.cli.recipe_cases import CASES, IDS, command, save, words
+from tests.text import corpus, models
+
+QUICK = ["--baselines", "--batch_sizes", "1", "--repeats", "1", "--warm_up", "0"]
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A teacher in `t`, a student in `s` with a tokenizer of its own, and texts in `texts.csv`."""
+    CASES["text_classification"](tmp_path)
+    torch.manual_seed(2)
+    save(tmp_path / "s", tiny.bert(layers=1, **IDS), words(40))
+    return tmp_path
+
+
+def report(folder, *options, dataset="texts.csv"):
+    places = [
+        f"--{role}={folder / place}" for role, place in (("teacher", "t"), ("student", "s"), ("dataset", dataset))
+    ]
+    return main(["report", *places, *QUICK, *options])
+
+
+def test_a_report_is_printed_and_written(folder, capsys):
+    out = folder / "report"
+    assert report(folder, "--columns", "text=sentence", "--output_dir", str(out), "--metric", "f1_macro") == 0
+    printed = capsys.readouterr().out
+    assert "| teacher |" in printed
+    assert "**student**" in printed
+    assert sorted(path.name for path in out.iterdir() if path.suffix != ".png") == ["report.json", "report.md"]
+    written = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    assert (written["metric"], written["data"]["name"]) == ("f1_macro", "texts.csv")
+    assert [model["kind"] for model in written["models"]] == ["teacher", "student"]
+    assert written["models"][0]["quality"]["items"] == 24
+    assert str(folder) not in json.dumps(written)
+
+
+def test_text_for_a_language_model_is_tokenised(tmp_path, capsys):
+    (tmp_path / "corpus.txt").write_text("\n".join(corpus.SENTENCES), encoding="utf-8")
+    student, teacher = models.pair("llama")
+    for name, model in (("t", teacher), ("s", student)):
+        save(tmp_path / name, model, corpus.tokenizer())
+    assert report(tmp_path, "--max_length", "16", dataset="corpus.txt") == 0
+    assert "perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ([], "data.columns: {text: ...}"),
+        (["--columns", "text"], "write NAME=COLUMN"),
+        (["--columns", "text=sentence", "--split", "dev"], "no split 'dev'"),
+        (["--columns", "text=sentence", "--metric", "f2"], "f2"),
+        (["--columns", "text=sentence", "--task", "fill-mas"], "Did you mean 'fill-mask'?"),
+        (
+            ["--columns", "text=sentence", "--student", "nowhere/at-all"],
+            "--student='nowhere/at-all' could not be loaded",
+        ),
+    ],
+)
+def test_a_report_that_cannot_be_made_is_refused_in_words(folder, options, complaint, capsys):
+    assert report(folder, *options) == 1
+    printed = capsys.readouterr().err
+    assert "hf-distill report: " in printed
+    assert complaint in printed
+    assert "Traceback" not in printed
+
+
+def test_columns_are_pairs():
+    assert read_columns(["text=a", "label=b=c"]) == {"text": "a", "label": "b=c"}
+
+
+def test_a_report_needs_its_models(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["report", "--teacher", "t"])
+    assert stop.value.code == 2
+    assert "--student" in capsys.readouterr().err
+
+
+def test_a_card_is_written_of_what_a_training_left(tmp_path, capsys):
+    recipe = Path(__file__).parents[2] / "examples" / "recipes" / "text_classification.yaml"
+    assert main(["train", str(recipe), *command(tmp_path, CASES["text_classification"](tmp_path), card="false")]) == 0
+    card = tmp_path / "out" / "README.md"
+    assert not card.exists()
+    assert main(["card", str(tmp_path / "out")]) == 0
+    assert f"Written: {card}" in capsys.readouterr().out
+    assert "knowledge-distillation" in card.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("place", ["nothing", "."])
+def test_a_folder_without_a_training_has_no_card(place, tmp_path, capsys):
+    assert main(["card", str(tmp_path / place)]) == 1
+    printed = capsys.readouterr().err
+    assert "hf-distill card: " in printed
+    assert "Traceback" not in printed
