@@ -21,7 +21,7 @@ demo: $(STAMP)  ## train a teacher and its students on the bundled data, and com
 	$(BIN)/python scripts/demo.py
 
 test: $(STAMP)  ## the whole suite, slow tests included
-	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --durations=40
 
 lint: $(STAMP)  ## complain
 	$(BIN)/ruff check $(SOURCES)
