@@ -138,8 +138,9 @@ def test_every_step_of_a_preset_is_its_papers(name, tmp_path):
                 expected[term] = float(formula(s, t, labels))
                 total += weight * expected[term]
         assert min(expected.values()) > 1e-3
-        assert logged_terms(log) == pytest.approx(expected, rel=2e-5)
-        assert log["loss"] == pytest.approx(total, rel=2e-5)
+        # A KL in float32 is good to about 1e-7, which T squared makes 1e-5 at CTKD's temperatures.
+        assert logged_terms(log) == pytest.approx(expected, rel=2e-5, abs=1e-5)
+        assert log["loss"] == pytest.approx(total, rel=2e-5, abs=1e-5)
 
 
 # What the pages say may be given beside a preset.

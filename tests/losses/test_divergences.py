@@ -256,7 +256,7 @@ def test_block_boundaries_do_not_show(function, items, three_rows_a_block):
     three_rows_a_block(11)
     assert row_gradient.rows_per_block(case.student, buffers=4, dtype=torch.float32) == min(3, 2 * items)
     blocks = value_and_gradient(function, case.student, case.teacher, **options)
-    torch.testing.assert_close(blocks, whole, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(blocks, whole, rtol=2e-6, atol=2e-7)
 
 
 @every_divergence

@@ -44,8 +44,6 @@ def test_they_are_torchs_cross_entropy_and_forward_kl(temperature):
     loss = (terms.task_weights * cross_entropy + terms.kd_weights * kl).sum()
     (gradient,) = torch.autograd.grad(loss, student)
     torch.testing.assert_close(terms.run(), (loss.detach(), cross_entropy.detach(), kl.detach(), gradient))
-    if temperature == 2.0:
-        assert torch.equal(terms()[2], kl)
 
 
 def test_the_teachers_classes_are_the_leading_ones():
