@@ -148,6 +148,11 @@ def ordered_classes(logits: Tensor, *, order: Tensor | None, classes: int | None
     return logits if classes is None or classes == logits.shape[-1] else logits[..., :classes]
 
 
+def is_unnamed(id2label: Mapping[int, str]) -> bool:
+    """Whether labels have only the names that Transformers gives them."""
+    return _is_default([str(id2label[number]).casefold() for number in sorted(id2label)])
+
+
 def _is_default(names: list[str]) -> bool:
     return names == [f"label_{i}" for i in range(len(names))]
 

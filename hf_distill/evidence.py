@@ -46,6 +46,9 @@ class EvidenceMixin:
             ValueError: there is no teacher to compare with, or the student is sharded.
         """
         found: list[Any] = [None]
+        if self.accelerator.num_processes > 1 and dataset is not None:
+            # To tokenise text, one process goes first and waits for the others.
+            dataset = self._with_tokens(dataset, "eval_dataset")  # type: ignore[attr-defined]
         if self.is_world_process_zero():
             try:
                 found = [self._measure(dataset, options)]

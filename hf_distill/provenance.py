@@ -15,6 +15,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from torch import nn
 
+from hf_distill.files import whole_file
 from hf_distill.models.fingerprint import fingerprint
 from hf_distill.models.heads import auto_class_name, task_model
 from hf_distill.teachers import AdapterOffTeacher, Teacher
@@ -32,6 +33,7 @@ _PACKAGES = (
 )
 _PATH = re.compile(r"[\\/~]|[A-Za-z]:[\\/]|\.{1,2}[\\/]|[a-z0-9+.-]+://")
 _HUB_DATA = re.compile(r"hf://datasets/(?P<name>[^@]+?)@(?P<revision>[^/]+)/")
+_FOLDERS = re.compile(r"""(?<![\w.:/\\-])(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?:[^\s'"()\\/]+[\\/])+""")
 _FILE_KEYS = ("file",)
 
 
@@ -71,6 +73,11 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, float):
         return value if abs(value) < float("inf") else None
     return value if isinstance(value, int) or value is None else str(value)
+
+
+def without_paths_inside(text: str) -> str:
+    """A message, such as an error's, with the last part of each path in it."""
+    return _FOLDERS.sub("", text)
 
 
 def describe_model(model: nn.Module, *, whole: bool = True) -> dict[str, Any]:
@@ -124,12 +131,13 @@ def describe_data(dataset: Any) -> Any:
     named = name is not None and name != getattr(info, "builder_name", None)  # "csv" names nothing
     config = getattr(info, "config_name", None)
     split = getattr(dataset, "split", None)
+    is_file = not hub and not named and len(getattr(info, "splits", None) or ()) == 1  # "train", whatever it holds
     return {
         "name": hub["name"] if hub else public_name(name)[0] if named else None,
         "on_hub": hub is not None,
         "revision": hub["revision"] if hub else None,
         "config": None if config is None or config.startswith("default") else config,
-        "split": None if split is None else str(split),
+        "split": None if split is None or is_file else str(split),
         "rows": len(dataset) if hasattr(dataset, "__len__") else None,
         "fingerprint": getattr(dataset, "_fingerprint", None),
     }
@@ -153,14 +161,9 @@ def versions() -> dict[str, str]:
 
 def write_json(path: Path, content: Any) -> None:
     """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = path.with_name(f"_{path.name}")  # a push leaves out what begins with an underscore
-    with whole.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    whole.replace(path)
+    text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    with whole_file(path) as whole:
+        whole.write_text(text + "\n", encoding="utf-8")
 
 
 def _processor() -> str:

@@ -4,7 +4,16 @@ import os
 from pathlib import Path
 from typing import Any
 
-from datasets import Dataset, DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
+from datasets import (
+    Dataset,
+    DatasetDict,
+    ReadInstruction,
+    concatenate_datasets,
+    get_dataset_split_names,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.exceptions import DatasetGenerationError
 
 LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _SAVED = ("state.json", "dataset_dict.json")
@@ -39,12 +48,13 @@ def load_rows(source: str | os.PathLike, split: str = "train", config: str | Non
             if not names or split.partition("[")[0] in names:
                 raise
             raise ValueError(f"{source} has no split {split!r}; it has {', '.join(names)}.") from error
-    saved = _load(source, config)
-    if isinstance(saved, Dataset):
-        return saved
-    if split not in saved:
+    saved = load_splits(source, config)
+    if split in saved:
+        return saved[split]
+    if split.partition("[")[0] not in saved:
         raise ValueError(f"{source} has no split {split!r}; it has {', '.join(saved)}.")
-    return saved[split]
+    parts = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in saved.items()})
+    return concatenate_datasets([saved[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 def _is_saved(source: str | os.PathLike) -> bool:
@@ -68,7 +78,19 @@ def _arguments(source: str | os.PathLike, config: str | None) -> dict[str, Any]:
 def _load(source: str | os.PathLike, config: str | None, **options: Any) -> Any:
     if _is_saved(source):
         return load_from_disk(os.fspath(source))
-    return load_dataset(**_arguments(source, config), **options)
+    arguments = _arguments(source, config)
+    try:
+        return load_dataset(**arguments, **options)
+    except DatasetGenerationError as error:
+        reason = error.__cause__ or error
+        raise ValueError(f"{source} cannot be read: {str(reason).strip() or type(reason).__name__}") from error
+    except ConnectionError as error:
+        where = "" if Path(source).exists() else f", and there is no such file or folder in {Path.cwd()}"
+        raise ValueError(f"{source} cannot be read: {error}{where}.") from error
+    except ValueError as error:
+        if "corresponds to no data" not in str(error):
+            raise
+        raise ValueError(f"{source} has no rows, or a split without any: {error}") from error
 
 
 def _split_names(source: str | os.PathLike, config: str | None) -> list[str]:

@@ -19,7 +19,7 @@ MAX_PUBLIC_NAMES = 20
 
 # A module may import from its own layer and from the layers before it. A new file of the package gets its place here.
 LAYERS = (
-    ("words", {"registry", "signals", "features"}),
+    ("words", {"registry", "signals", "features", "files"}),
     (
         "pure functions",
         {"losses", "schedules", "layer_mapping", "alignment", "metrics", "items", "shared_tokens", "token_alignment"},

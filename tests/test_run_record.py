@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset, DatasetInfo
+from datasets import Dataset, DatasetInfo, load_dataset
 from peft import LoraConfig
 
 from hf_distill import DistillationTrainer, Stage, run_stages
@@ -201,6 +201,17 @@ def test_a_data_set_of_the_hub_is_known_by_where_it_came_from():
     local = DatasetInfo(builder_name="csv", dataset_name="csv", download_checksums={"/home/ann/a.csv": {}})
     found = describe_data({"dev": Dataset.from_dict({"a": [1]}, info=local)})["dev"]
     assert (found["name"], found["on_hub"]) == (None, False)
+
+
+def test_a_file_of_rows_to_test_on_is_not_called_a_split_to_train_on(tmp_path):
+    (tmp_path / "test.csv").write_text("text\na\nb\n", encoding="utf-8")
+    options = {"data_files": str(tmp_path / "test.csv"), "cache_dir": str(tmp_path)}
+    rows = load_dataset("csv", split="train", **options)
+    assert describe_data(rows)["split"] is None
+    assert describe_data(rows.train_test_split(test_size=1)["test"])["split"] is None
+    both = {name: str(tmp_path / "test.csv") for name in ("train", "test")}
+    rows = load_dataset("csv", split="test", data_files=both, cache_dir=str(tmp_path))
+    assert describe_data(rows)["split"] == "test"
 
 
 def test_a_name_of_the_hub_keeps_its_revision(tmp_path):

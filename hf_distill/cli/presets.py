@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.name is None:
         raise ValueError(f"show needs a name. Known: {', '.join(names)}.")
     if arguments.name not in names:
-        near = difflib.get_close_matches(arguments.name, names, n=1)
+        near = difflib.get_close_matches(arguments.name.casefold(), names, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"preset {arguments.name!r} is unknown.{meant} Known: {', '.join(names)}.")
     print(_shown(arguments.name, _read(folder, arguments.name)))

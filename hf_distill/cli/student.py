@@ -55,6 +55,13 @@ def run(arguments: argparse.Namespace) -> None:
     output: Path = arguments.output
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists already and is not an empty folder. Choose another one.")
+    from hf_distill.recipes.progress import quiet_libraries
+
+    with quiet_libraries():
+        _build(arguments, output)
+
+
+def _build(arguments: argparse.Namespace, output: Path) -> None:
     from hf_distill.models.student import build_student
 
     tokenizer = _tokenizer(arguments.tokenizer or arguments.teacher, needed=arguments.tokenizer or arguments.corpus)

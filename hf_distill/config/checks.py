@@ -35,8 +35,9 @@ def check_choice(name: str, value: Any, known: Iterable[str]) -> None:
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:
     """A question with the nearest known word, or nothing."""
-    nearest = difflib.get_close_matches(str(word), known, n=1)
-    return f" Did you mean {nearest[0]!r}?" if nearest else ""
+    words = {each.casefold(): each for each in known}
+    nearest = difflib.get_close_matches(str(word).casefold(), words, n=1)
+    return f" Did you mean {words[nearest[0]]!r}?" if nearest else ""
 
 
 def check_window(name: str, active: Any) -> None:

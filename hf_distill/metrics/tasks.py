@@ -50,7 +50,9 @@ def compute_metrics_for(task: str, **options: Any) -> ComputeMetrics:
     known = [name for name, p in signature(compute).parameters.items() if p.kind is Parameter.KEYWORD_ONLY]
     unknown = sorted(set(options) - set(known))
     if unknown:
-        raise TypeError(f"Task '{task}' has no option {unknown}; it has {known}.")
+        raise TypeError(
+            f"The metrics of {task} take no {', '.join(unknown)}; they take {', '.join(known) or 'no option'}."
+        )
     return partial(compute, **options)
 
 

@@ -181,6 +181,16 @@ def decoder_inputs(model: nn.Module, labels: Tensor) -> dict[str, Tensor]:
 
 
 def context_length(model: nn.Module) -> int | None:
-    """The tokens that a language model reads and writes at most, as its config says; None where it says nothing."""
-    config = task_model(model).config.get_text_config(decoder=True)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    """The tokens that a model of text reads and writes at most, as its config says; None where nothing limits it."""
+    inner = task_model(model)
+    config = inner.config.get_text_config(decoder=True)
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_target_positions", None)
+    if limit is None or limit < 0:  # XLNet's is -1
+        return None
+    # RoBERTa and its kin count positions from behind the padding token's.
+    unused = [
+        module.padding_idx + 1
+        for name, module in inner.named_modules()
+        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
+    ]
+    return limit - max(unused, default=0)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForMultipleChoice,
@@ -71,13 +71,30 @@ def split_rows(data: DataPart) -> tuple[Dataset, Dataset | None]:
         return train, held_out
     splits = load_splits(data.train, data.config)
     train = load_rows(data.train, train_split, data.config) if train_split not in splits else splits[train_split]
-    name = next((name for name in _HELD_OUT if name in splits and name != train_split), None)
+    name = _own_split(data, splits)
     if name is not None:
         return train, splits[name]
     if data.test_fraction == 0:
         return train, None
+    if len(train) < 2:
+        raise ValueError(
+            f"{data.train} has {len(train)} row, of which none can be held out to evaluate on. Set data.eval, or "
+            "data.test_fraction: 0."
+        )
     halves = train.train_test_split(test_size=data.test_fraction, seed=0)
     return halves["train"], halves["test"]
+
+
+def _own_split(data: DataPart, splits: DatasetDict) -> str | None:
+    """The split to evaluate on where none is named."""
+    return next((name for name in _HELD_OUT if name in splits and name != data.train_split), None)
+
+
+def is_held_out(data: DataPart) -> bool:
+    """Whether the rows to evaluate on are some of the split to train on, for want of others."""
+    if data.eval is not None or data.eval_split is not None:
+        return False
+    return _own_split(data, load_splits(data.train, data.config)) is None
 
 
 def eval_rows(data: DataPart) -> Dataset:
@@ -119,6 +136,9 @@ def named_columns(rows: Dataset, task: str, columns: Mapping[str, str]) -> Datas
         if column != role:
             rows = rows.remove_columns(role) if role in rows.column_names else rows
             rows = rows.rename_column(column, role)
+    others = [name for name in LABEL_COLUMNS if name in rows.column_names]
+    if "label" in more and others and "label" not in others:
+        rows = rows.rename_column(others[0], "label")  # as Trainer takes it for the labels
     for role in needed:
         if role not in rows.column_names:
             raise ValueError(

@@ -32,6 +32,7 @@ class Labels:
     def __init__(self, names: Mapping[int, str], kind: str = "single_label_classification") -> None:
         self._names, self._kind = names, kind
         self._numbers = {name.casefold(): number for number, name in names.items()}
+        self._exact = {name: number for number, name in names.items()}  # some differ by their case alone
 
     def of_column(self, rows: Dataset, column: str) -> list[Any]:
         """A column's labels as numbers; None where there is none.
@@ -72,14 +73,15 @@ class Labels:
     def _class(self, value: Any, given: list[str] | None) -> int:
         if is_missing(value):
             return IGNORE_INDEX
-        known = self._numbers.get(str(given[value] if given is not None else value).casefold())
+        word = str(given[value] if given is not None else value)
+        known = self._exact.get(word, self._numbers.get(word.casefold()))
         number = class_number(value) if known is None and given is None else known
         if number is None or number >= len(self._names):
             names = [*self._names.values()]
             others = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            word = given[value] if given is not None else value
+            shown = value if given is None else word
             raise ValueError(
-                f"The data has the label {word!r}, which the teacher does not know. It knows "
+                f"The data has the label {shown!r}, which the teacher does not know. It knows "
                 f"{', '.join(names[:_SHOWN])}{others}, or the numbers 0 to {len(names) - 1}."
             )
         return number

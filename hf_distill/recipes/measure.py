@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from hf_distill.arguments import DistillationTrainingArguments
-from hf_distill.recipes.data import eval_rows, metrics_of, prepare, text_length
+from hf_distill.recipes.data import eval_rows, is_held_out, metrics_of, prepare, text_length
 from hf_distill.recipes.models import named, with_processors
-from hf_distill.recipes.recipe import Recipe
+from hf_distill.recipes.recipe import DataPart, Recipe
 from hf_distill.report import make_report
 from hf_distill.report.loading import load_trained, read_run_record
 from hf_distill.report.results import Report
@@ -54,10 +54,12 @@ def report_of_recipe(recipe: Recipe, options: Mapping[str, Any]) -> Report:
         teacher_processing_class=models.teacher_processor,
         compute_metrics=metrics_of(models, True),
         training=read_run_record(student_name),
-        **{"data_name": data_name(data.train), **options},
+        **{"data_name": data_name(data), **options},
     )
 
 
-def data_name(source: str) -> str:
-    """What a data set is called, without where it lies."""
-    return Path(source).name if Path(source).exists() else source
+def data_name(data: DataPart) -> str:
+    """What the rows to evaluate on are called, without where they lie."""
+    source = data.train if data.eval is None else data.eval
+    name = Path(source).name if Path(source).exists() else source
+    return f"{name}, held out" if is_held_out(data) else name

@@ -8,6 +8,7 @@ from typing import Any
 from peft import LoraConfig
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, set_seed
 
+from hf_distill.alignment import is_unnamed
 from hf_distill.models.heads import auto_class_name, task_model
 from hf_distill.models.student import build_student
 from hf_distill.recipes.recipe import TASKS, Recipe, StudentPart
@@ -41,8 +42,9 @@ class Models:
 
     @property
     def labels(self) -> dict[int, str]:
-        """The names of the classes by number, as the teacher has them."""
-        return task_model(self.student if self.teacher is None else self.teacher).config.id2label
+        """The names of the classes by number, in the student's order; the teacher's where the student names none."""
+        own = task_model(self.student).config.id2label
+        return own if self.teacher is None or not is_unnamed(own) else task_model(self.teacher).config.id2label
 
 
 def load_models(recipe: Recipe, args: Any) -> Models:

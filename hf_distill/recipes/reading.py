@@ -54,6 +54,8 @@ def read_recipe(path: str | os.PathLike, overrides: Sequence[str] = ()) -> Recip
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path}: {_said(error)}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     try:
         return recipe_of({} if values is None else values, read_overrides(overrides))
     except ValueError as error:

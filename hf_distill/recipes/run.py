@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainingArguments
@@ -73,7 +74,13 @@ def run_recipe(
             raise ValueError("arguments.output_dir is missing: the folder for the student.")
         if dry_run:
             arguments["output_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
-        args = Seq2SeqDistillationTrainingArguments(**{"disable_tqdm": True, **arguments})
+        # Short trainings would end before Trainer's 500 steps to their first log, and have no losses to show.
+        defaults = {
+            "disable_tqdm": True,
+            "dataloader_pin_memory": torch.accelerator.is_available(),
+            "logging_steps": 0.05,
+        }
+        args = Seq2SeqDistillationTrainingArguments(**{**defaults, **arguments})
         job = _Job(recipe, args, progress)
         if dry_run:
             job.rehearse()
@@ -145,15 +152,26 @@ class _Job:
             trainer.save_state()
             trainer.save_metrics("train", metrics)
         metrics |= self._evaluate(trainer)
-        options = self._recipe.report_options
-        report = (
-            None if options is None else trainer.report(**{"data_name": data_name(self._recipe.data.train), **options})
-        )
+        report, failed = self._report(trainer)
         if self._recipe.card and trainer.is_world_process_zero():
             trainer.create_model_card()
         if args.push_to_hub:
             trainer.push_to_hub()
+        if failed is not None:
+            raise ValueError(
+                f"{failed} The student is trained, and in {folder}; `hf-distill report` measures it."
+            ) from failed
         return Trained(folder, metrics, report)
+
+    def _report(self, trainer: Any) -> tuple[Any | None, ValueError | None]:
+        """The report, if it was asked for; or why there is none, which must not cost the card."""
+        options = self._recipe.report_options
+        if options is None:
+            return None, None
+        try:
+            return trainer.report(**{"data_name": data_name(self._recipe.data), **options}), None
+        except ValueError as error:
+            return None, error
 
     def _trainer(self) -> Any:
         return self._class(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_distill.models.heads import task_model
+from hf_distill.provenance import without_paths_inside
 from hf_distill.registry import Registry
 from hf_distill.report.cost import on_device, parameter_count, saved_bytes
 from hf_distill.report.factored_linear import FactoredLinear
@@ -125,10 +126,10 @@ def _baseline(teacher: nn.Module, name: str, make: MakeBaseline, example: Mappin
                 model(**on_device(example, model))
         return Baseline(name, model, saved_bytes(model), note)
     except (ImportError, ValueError) as refusal:
-        return Baseline(name, None, None, str(refusal))
+        return Baseline(name, None, None, without_paths_inside(str(refusal)))
     except Exception as error:  # no row of a report may end it: a whole training can be behind it
         first_line, _, _ = str(error).partition("\n")
-        return Baseline(name, None, None, f"It fails with {type(error).__name__}: {first_line}")
+        return Baseline(name, None, None, f"It fails with {type(error).__name__}: {without_paths_inside(first_line)}")
 
 
 def _copy(teacher: nn.Module) -> nn.Module:

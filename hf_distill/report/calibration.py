@@ -25,11 +25,11 @@ class Calibration:
         """
         sure, hits = confidence.cpu().double().numpy(), right.cpu().numpy()
         bins = len(self._gaps)
-        places = np.clip(np.ceil(sure * bins).astype(int) - 1, 0, bins - 1)
+        places = np.clip(np.nan_to_num(np.ceil(sure * bins)).astype(int) - 1, 0, bins - 1)
         self._gaps += np.bincount(places, weights=hits - sure, minlength=bins)
         self._items += len(sure)
 
     @property
     def error(self) -> float | None:
-        """The error, in [0, 1]; None without an item."""
+        """The error, in [0, 1]; None without an item, NaN where a confidence is."""
         return float(np.abs(self._gaps).sum() / self._items) if self._items else None

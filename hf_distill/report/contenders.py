@@ -173,11 +173,11 @@ def as_teacher(model: nn.Module, pair: ModelPair, *, is_reference: bool = False)
 
 @contextmanager
 def at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """A model in evaluation mode on a device; afterwards as and where it was."""
+    """A model in evaluation mode and in its own dtype on a device; afterwards as and where it was."""
     origin = next(model.parameters()).device
     is_fixed = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
     moves = not is_fixed and origin != device
-    with in_eval_mode(model):
+    with in_eval_mode(model), _without_autocast(model):
         if moves:
             model.to(device)
         try:
@@ -185,6 +185,21 @@ def at_work(model: nn.Module, device: torch.device) -> Iterator[None]:
         finally:
             if moves:
                 model.to(origin)
+
+
+@contextmanager
+def _without_autocast(model: nn.Module) -> Iterator[None]:
+    """The forward that the model had before `Accelerator.prepare_model` put mixed precision around it."""
+    own = vars(model)
+    if "_original_forward" not in own:
+        yield
+        return
+    before = own["forward"]
+    model.forward = own["_original_forward"]
+    try:
+        yield
+    finally:
+        model.forward = before
 
 
 def _as_they_are(logits: tuple[Tensor, ...], _: Batch) -> tuple[Tensor, ...]:

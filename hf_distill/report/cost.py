@@ -62,7 +62,8 @@ def measure_cost(
             f"The grid has batch_sizes={tuple(batch_sizes)}, lengths={tuple(lengths)} and repeats={repeats}. It needs "
             "at least one of each; for inputs of one size, as images, the lengths are (None,)."
         )
-    limit = longest_length(model)
+    # A module that is none of Transformers' says nothing of its positions.
+    limit = context_length(model) if hasattr(task_model(model), "config") else None
     fitting = [length for length in lengths if length is None or limit is None or length <= limit]
     timings: list[Timing] = []
     peak = flops = None
@@ -109,22 +110,6 @@ def saved_bytes(model: nn.Module) -> int:
         with _other_configs(inner), _no_bars():
             inner.save_pretrained(folder)
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
-
-
-def longest_length(model: nn.Module) -> int | None:
-    """The longest row that the model can read, in tokens; None where nothing limits it."""
-    if not hasattr(task_model(model), "config"):
-        return None
-    limit = context_length(model)
-    if limit is None:
-        return None
-    # RoBERTa and its kin count positions from behind the padding token's.
-    unused = [
-        module.padding_idx + 1
-        for name, module in task_model(model).named_modules()
-        if isinstance(module, nn.Embedding) and "position" in name and module.padding_idx is not None
-    ]
-    return limit - max(unused, default=0)
 
 
 def on_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:

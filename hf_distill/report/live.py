@@ -5,6 +5,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from peft.utils import ModulesToSaveWrapper
 from transformers.utils import logging
 
 from hf_distill.collator import DistillationCollator
@@ -58,9 +59,19 @@ def report_of(trainer: Any, dataset: Any = None, **options: Any) -> Report:
         found |= _wanted(trainer)
     teacher = trainer.teacher
     if isinstance(teacher, AdapterOffTeacher):
-        # A model of its own, which can be saved, timed and made smaller.
-        teacher = copy.deepcopy(trainer.model).unload()
+        teacher = _base_of(trainer.model)
     return make_report(teacher, trainer.model, rows, **{**found, **options})
+
+
+def _base_of(student: Any) -> Any:
+    """A copy of a PEFT model's base, as it is with the adapters off: it can be saved, timed and made smaller."""
+    copied = copy.deepcopy(student)
+    for module in copied.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            # `unload` (peft 0.21) puts the trained head in the place of the one that it was copied from.
+            for name in module.modules_to_save:
+                module.modules_to_save[name] = module.original_module
+    return copied.unload()
 
 
 def _wanted(trainer: Any) -> dict[str, Any]:

@@ -2,14 +2,17 @@
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import AutoProcessor, AutoTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from hf_distill.models.loading import load_as_saved
+from hf_distill.alignment import is_unnamed
+from hf_distill.models.heads import task_model
+from hf_distill.models.loading import load_as_saved, read_config
 from hf_distill.run_record import RunRecord, record_path
 from hf_distill.teachers import Teacher, load_student, load_teacher
 
@@ -46,14 +49,22 @@ def load_trained(name: str | os.PathLike, argument: str, *, like: nn.Module) -> 
         ValueError: its config names no class, or its head has no weights.
     """
     name = os.fspath(name)
+    kwargs: dict[str, Any] = {"dtype": "auto", "output_loading_info": True}
     if Path(name, "adapter_config.json").is_file() and not Path(name, "config.json").is_file():
         base = PeftConfig.from_pretrained(name).base_model_name_or_path
         if not base:
             raise ValueError(f"{argument}={name!r} holds adapters and does not say of which model. Load it yourself.")
-        return PeftModel.from_pretrained(load_student(base, like, {"dtype": "auto"}), name)
-    loaded: Any = load_as_saved(name, {"dtype": "auto", "output_loading_info": True}, argument=argument)
-    model, info = loaded
-    missing = sorted(key for key in info["missing_keys"] if not key.startswith("pooler."))
+        config: Any = read_config(base, kwargs)
+        if config.id2label and not is_unnamed(config.id2label):  # a head whose classes have names is in their order
+            kwargs |= {"id2label": config.id2label, "label2id": config.label2id}
+        inner, info = cast(Any, load_student(base, like, kwargs))
+        model: Any = PeftModel.from_pretrained(inner, name)
+    else:
+        model, info = cast(Any, load_as_saved(name, kwargs, argument=argument))
+    # A head that was trained beside adapters is saved with them.
+    saved = [part for part, module in task_model(model).named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    known = (*(f"{part}." for part in saved), "pooler.")
+    missing = sorted(key for key in info["missing_keys"] if not key.startswith(known))
     if missing:
         raise ValueError(
             f"{argument}={name!r} has no weights for {', '.join(missing)}: as {type(model).__name__} it would be "

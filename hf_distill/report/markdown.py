@@ -116,7 +116,9 @@ def _caption(report: Report, cell: Cell | None) -> str:
     if items:
         name, split = (escaped(report.data.get(key) or "") for key in ("name", "split"))
         source = f" of {name}" + (f" ({split})" if split else "") if name else ""
-        parts.append(f"Measured on {items:,} items{source}.")
+        labelled = max((_quality(model).labelled or 0 for model in report.models), default=0)
+        some = f", {labelled:,} of them with a label" if 0 < labelled < items else ""
+        parts.append(f"Measured on {items:,} items{source}{some}.")
     if not report.higher_is_better and report.metric is not None:
         parts.append(f"Retained: the teacher's {escaped(report.metric)} over the model's.")
     if cell is not None:

@@ -12,14 +12,16 @@ import torch
 from torch import nn
 
 from hf_distill.config.checks import did_you_mean
+from hf_distill.files import whole_file
 from hf_distill.metrics.direction import smaller_is_better
 from hf_distill.provenance import describe_data, public_name
+from hf_distill.report.baselines import BASELINES
 from hf_distill.report.contenders import at_work
 from hf_distill.report.environment import environment
 from hf_distill.report.loading import is_name, load_models, load_processing_class, read_run_record
 from hf_distill.report.markdown import to_markdown
 from hf_distill.report.options import ReportOptions
-from hf_distill.report.plots import write_plots
+from hf_distill.report.plots import PLOTS, write_plots
 from hf_distill.report.results import ModelResult, Report
 from hf_distill.report.rows import check_rows
 from hf_distill.report.session import Session
@@ -64,22 +66,27 @@ def make_report(
 
 
 def write_report(report: Report, folder: str | os.PathLike) -> None:
-    """Writes `report.json`, the plots that there is data for, and `report.md`.
+    """Writes `report.json`, the plots that there is data for, and `report.md`, in place of an earlier report's.
 
     Without matplotlib there are no plots, and a warning says how to have them.
     """
     folder = Path(folder)
+    for name in PLOTS:
+        (folder / name).unlink(missing_ok=True)  # what this report has not was another's
     report.write_json(folder / "report.json")
     plots: Sequence[Path] = ()
     try:
         plots = write_plots(report, folder)
     except ImportError as error:
         warnings.warn(f"The report is written without plots. {error}", stacklevel=3)
-    (folder / "report.md").write_text(to_markdown(report, plots=plots), encoding="utf-8")
+    with whole_file(folder / "report.md") as whole:
+        whole.write_text(to_markdown(report, plots=plots), encoding="utf-8")
 
 
 def _measured(teacher: Any, student: Any, dataset: Any, options: ReportOptions) -> Report:
     check_rows(dataset)
+    for name in options.baselines:
+        BASELINES.get(name)  # refuses an unknown one
     training = read_run_record(student) if options.training is None else options.training
     known = (training or {}).get("arguments", {}).get("per_device_eval_batch_size")
     batch_size = options.batch_size or known or _BATCH_SIZE

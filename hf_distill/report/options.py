@@ -41,7 +41,7 @@ class ReportOptions:
         training: the run's record; that of a student's folder is found there.
 
     Raises:
-        ValueError: a number of threads or rows below 1.
+        ValueError: a number of threads or rows below 1, or no device.
     """
 
     undistilled: nn.Module | str | os.PathLike | None = None
@@ -73,3 +73,10 @@ class ReportOptions:
             values = getattr(self, name) or ()
             if any(value < 1 for value in values):
                 raise ValueError(f"{name} is {list(values)}; expected whole numbers, at least 1.")
+        if self.device is not None:
+            try:
+                torch.device(self.device)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"device={self.device!r} is no device of torch's; write cpu, cuda or cuda:0."
+                ) from error

@@ -3,7 +3,10 @@
 import os
 from pathlib import Path
 
+from hf_distill.files import whole_file
 from hf_distill.report.results import Report
+
+PLOTS = ("tradeoff.png", "confusion.png", "losses.png", "dynamics.png")
 
 
 def write_plots(report: Report, folder: str | os.PathLike) -> list[Path]:
@@ -36,6 +39,7 @@ def write_plots(report: Report, folder: str | os.PathLike) -> list[Path]:
             figure = draw(report)
             if figure is not None:
                 path = folder / f"{draw.__name__}.png"
-                figure.savefig(path, metadata={"Software": None})
+                with whole_file(path) as whole:
+                    figure.savefig(whole, format="png", metadata={"Software": None})
                 paths.append(path)
     return paths

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -62,11 +63,10 @@ class Scorer:
         self.task, self.problem_type, self.class_names = task, problem_type, class_names
         self.sums_tokens = task.is_language_model and task is not Task.CTC
         name = problem_type if task is Task.SEQUENCE_CLASSIFICATION else str(task)
-        self.default = DEFAULT_METRIC.get(name)
+        is_tagger = task is Task.TOKEN_CLASSIFICATION and _are_tags(class_names)
+        self._usual = (*(("entity_f1",) if is_tagger else ()), DEFAULT_METRIC.get(name))
         if compute_metrics is None and not self.sums_tokens and name in TASKS:
-            options: dict[str, Any] = {}
-            if task is Task.TOKEN_CLASSIFICATION and _are_tags(class_names):
-                options, self.default = {"label_names": class_names}, "entity_f1"
+            options: dict[str, Any] = {"label_names": class_names} if is_tagger else {}
             compute_metrics = compute_metrics_for(name, **options)
         if compute_metrics is not None and preprocess is None and self.sums_tokens:
             preprocess = preprocess_logits_for(name)
@@ -79,7 +79,7 @@ class Scorer:
             ValueError: the one wanted is not among the scores.
         """
         if wanted is None:
-            return self.default if self.default in scores else next(iter(scores), None)
+            return next((name for name in (*self._usual, *scores) if name in scores), None)
         if wanted not in scores:
             known = ", ".join(scores) or "none, as no row has a label"
             raise ValueError(f"metric={wanted!r} is none of the scores; there is {known}.")
@@ -97,7 +97,7 @@ class QualitySums:
     def __init__(self, scorer: Scorer, pair: ModelPair) -> None:
         self._scorer, self._pair = scorer, pair
         self._objective = LogitObjective(LogitTerm(temperature=1.0), scorer.task, scorer.problem_type)
-        self._items, self._kl, self._agreement = 0, 0.0, 0.0
+        self._items, self._labelled, self._kl, self._agreement = 0, 0, 0.0, 0.0
         self._compares = scorer.problem_type != _REGRESSION
         self._of_labels, self._of_teacher = Calibration(), Calibration()
         names = scorer.class_names
@@ -123,6 +123,7 @@ class QualitySums:
         if self._compares:
             self._compare(pairs, batch)
         if labelled and batch.labels:
+            self._labelled += int(batch.items.labelled.sum())
             self._score(logits, batch)
 
     def _compare(self, pairs: LogitPairs, batch: Batch) -> None:
@@ -200,11 +201,12 @@ class QualitySums:
             metrics=self._metrics(),
             agreement=self._agreement / self._items if compared else None,
             kl_to_teacher=_finite(self._kl / self._items) if compared else None,
-            calibration_error=self._of_labels.error,
-            calibration_error_to_teacher=self._of_teacher.error,
+            calibration_error=_finite(self._of_labels.error),
+            calibration_error_to_teacher=_finite(self._of_teacher.error),
             f1_by_class=self._f1_by_class() if self._classes and has_labels else None,
             confusion_with_teacher=self._by_teacher.tolist() if compared and classes_of_items else None,
             items=self._items,
+            labelled=self._labelled if self._scorer.task.one_item_per_row else None,
         )
 
     def _metrics(self) -> dict[str, float]:
@@ -216,8 +218,8 @@ class QualitySums:
             predictions, labels = nested_numpify(_joined(self._kept))
             found = self._scorer.compute_metrics(EvalPrediction(predictions=predictions, label_ids=labels))
             scores |= {name.removeprefix("eval_"): value for name, value in found.items()}
-        numbers = {name: value for name, value in scores.items() if np.ndim(value) == 0 and not isinstance(value, str)}
-        return {name: float(value) for name, value in numbers.items() if _finite(float(value)) is not None}
+        numbers = {name: _number(value) for name, value in scores.items()}
+        return {name: value for name, value in numbers.items() if value is not None}
 
     def _f1_by_class(self) -> dict[str, float]:
         right, chosen, wanted = self._hits
@@ -275,5 +277,11 @@ def _joined(parts: list[Any]) -> Any:
     return parts[0]
 
 
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _number(value: Any) -> float | None:
+    """A user's score as a finite number; None of whatever else they return, such as texts, tables and None."""
+    is_number = isinstance(value, Real) or (isinstance(value, Tensor | np.ndarray) and value.ndim == 0)
+    return _finite(float(value)) if is_number else None

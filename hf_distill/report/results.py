@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from hf_distill.files import whole_file
+
 FORMAT = 1
 TEACHER, STUDENT, UNDISTILLED, BASELINE = "teacher", "student", "undistilled", "baseline"
 
@@ -25,6 +27,7 @@ class Quality:
         f1_by_class: by the class's name.
         confusion_with_teacher: rows are the teacher's choices, columns the model's, in the order of `f1_by_class`.
         items: how many were compared: rows, tokens with a label, or predicted positions.
+        labelled: how many of them have a label, where items are rows.
     """
 
     metrics: Mapping[str, float] = field(default_factory=dict)
@@ -35,6 +38,7 @@ class Quality:
     f1_by_class: Mapping[str, float] | None = None
     confusion_with_teacher: Sequence[Sequence[int]] | None = None
     items: int = 0
+    labelled: int | None = None
 
 
 @dataclass(frozen=True)
@@ -163,10 +167,10 @@ class Report:
         return cls(**{**_named(content, known), "models": tuple(_model(entry) for entry in content["models"])})
 
     def write_json(self, path: str | os.PathLike) -> None:
-        """Writes `to_dict` to a file."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        """Writes `to_dict` to a file, whole or not at all."""
         text = json.dumps(self.to_dict(), indent=2, ensure_ascii=False)
-        Path(path).write_text(text + "\n", encoding="utf-8")
+        with whole_file(Path(path)) as whole:
+            whole.write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def read_json(cls, path: str | os.PathLike) -> "Report":

@@ -48,7 +48,7 @@ class Rows:
         self, dataset: Any, collator: Any, *, batch_size: int, columns: frozenset[str] | None = None, seed: int = 0
     ) -> None:
         check_rows(dataset)
-        names = getattr(dataset, "column_names", None)
+        names = None if _is_made_when_read(dataset) else getattr(dataset, "column_names", None)
         if columns is not None and names and hasattr(dataset, "remove_columns"):  # before images are decoded in vain
             dataset = dataset.remove_columns([name for name in names if name not in columns])
         self._dataset, self._collator, self._columns = dataset, collator, columns
@@ -114,13 +114,16 @@ def make_rows(
         data_collator: makes the student's batch; None takes the usual one. One that is none of Transformers' gets all
             columns, as it may read some that no model names.
         batch_size: >= 1.
+
+    Raises:
+        ValueError: the rows have no column that the student reads.
     """
     if isinstance(data_collator, DistillationCollator):  # of a trainer, whose columns are chosen already
         collator = copy(data_collator)
         collator.row_weights, collator.always_mask = None, False
         return Rows(dataset, collator, batch_size=batch_size)
     label = find_label(dataset, task, required=False)
-    inner = data_collator or _usual_collator(task, processing_class, has_labels=_has_column(dataset, "labels"))
+    inner = data_collator or _usual_collator(task, processing_class, has_labels="labels" in _column_names(dataset))
     collator = DistillationCollator(
         inner,
         task=task,
@@ -129,17 +132,35 @@ def make_rows(
     )
     columns = None
     if (getattr(inner, "__module__", None) or "").startswith(("transformers.", "hf_distill.")):
+        _check_inputs(dataset, student)
         own = input_names(student) | input_names(teacher) | {*LABEL_COLUMNS, *SPAN_COLUMNS, LABEL_MASK}
         columns = own | {f"{TEACHER_PREFIX}{name}" for name in (*input_names(teacher), "positions")}
     return Rows(dataset, collator, batch_size=batch_size, columns=columns)
 
 
-def _has_column(dataset: Any, name: str) -> bool:
-    names = getattr(dataset, "column_names", None)
+def _is_made_when_read(dataset: Any) -> bool:
+    """Whether a transform (`with_transform`) makes the rows of columns that are not theirs."""
+    made_by = getattr(dataset, "format", None)
+    return isinstance(made_by, Mapping) and made_by.get("type") == "custom"
+
+
+def _column_names(dataset: Any) -> list[str]:
+    names = None if _is_made_when_read(dataset) else getattr(dataset, "column_names", None)
     if names is None:
-        row = next(iter(dataset), None)
+        with random_states_kept():
+            row = next(iter(dataset), None)
         names = row if isinstance(row, Mapping) else ()
-    return name in names
+    return [*names]
+
+
+def _check_inputs(dataset: Any, model: nn.Module) -> None:
+    names = _column_names(dataset)
+    inputs = input_names(model) - {*LABEL_COLUMNS, *SPAN_COLUMNS}
+    if names and inputs.isdisjoint(names):
+        raise ValueError(
+            f"The rows have {', '.join(names)}, and {type(task_model(model)).__name__} reads none of them. Tokenise "
+            "them first, as for a training; `hf-distill report` does it by itself."
+        )
 
 
 def _usual_collator(task: Task, processing_class: Any | None, *, has_labels: bool) -> Any:

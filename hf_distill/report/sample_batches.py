@@ -71,7 +71,8 @@ class SampleBatches:
         steps = torch.arange(length, device=main.device) % real.sum(-1, keepdim=True).clamp(min=1)
         places = order.gather(-1, steps)
         fitted = {
-            name: value.gather(-1, places) if value.shape == main.shape else value for name, value in inputs.items()
+            name: value.gather(-1, places) if value.shape == main.shape and not _is_of_decoder(name) else value
+            for name, value in inputs.items()
         }
         if "position_ids" in fitted:
             fitted["position_ids"] = torch.arange(length, device=main.device).expand(places.shape)
@@ -91,6 +92,11 @@ class SampleBatches:
         if self._task is Task.SEQ2SEQ_LM and "labels" in inputs and "decoder_input_ids" not in read:
             read |= {name: value for name, value in decoder_inputs(self._model, inputs["labels"]).items()}
         return read
+
+
+def _is_of_decoder(name: str) -> bool:
+    # Texts to write may be as long as those to read.
+    return name.startswith("decoder_") or name == "labels"
 
 
 def _real(inputs: Mapping[str, Any], main: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ from torch import nn
 
 from hf_distill.collator import TEACHER_POSITIONS
 from hf_distill.dataset_checks import find_label, kind_of_label
-from hf_distill.models.heads import task_model
+from hf_distill.models.heads import context_length, task_model
 from hf_distill.pairing import ModelPair, pair_models, special_tokens
-from hf_distill.provenance import public_name
+from hf_distill.provenance import public_name, without_paths_inside
 from hf_distill.report.baselines import baselines_of
 from hf_distill.report.contenders import Comparison, Contender, as_student, as_teacher, as_undistilled, at_work
 from hf_distill.report.cost import measure_cost
@@ -59,12 +59,11 @@ class Session:
         batch_size: int,
         device: torch.device,
     ) -> None:
-        is_module = isinstance(teacher, nn.Module)
         self.student, self.teacher = student, teacher if isinstance(teacher, nn.Module) else teacher.model
         local = LocalTeacher(self.teacher)
-        # What names a few classes in a training is asked for all of them here.
-        asked: Any = local if is_module or isinstance(teacher, SparseTeacher) else teacher
-        self._is_other = asked is not local
+        # What names a few classes in a training is asked for all of them here, and a model without autocast.
+        self._is_other = not isinstance(teacher, nn.Module | SparseTeacher) and type(teacher) is not LocalTeacher
+        asked: Any = teacher if self._is_other else local
         tokenizer = options.teacher_processing_class
         if tokenizer is None:
             tokenizer = teacher_tokenizer(teacher_name if is_name(teacher_name) else None, local, processing_class)
@@ -141,10 +140,11 @@ class Session:
                 continue
             try:
                 found = self._result(called, BASELINE, as_teacher(model, self.pair), size_bytes=size_bytes)
+                found = replace(found, source=None, note=" ".join(filter(None, (note, found.note))) or None)
             except Exception as error:  # whatever a smaller model cannot do is worth a note, and not the report
-                yield ModelResult(called, BASELINE, note=_failure("It could not be measured", error))
-                continue
-            yield replace(found, source=None, note=" ".join(filter(None, (note, found.note))) or None)
+                found = ModelResult(called, BASELINE, note=_failure("It could not be measured", error))
+            del model  # or it would be in memory while the next is made
+            yield found
 
     def _result(self, name: str, kind: str, contender: Contender, *, size_bytes: int | None = None) -> ModelResult:
         inner = task_model(contender.model)
@@ -157,6 +157,9 @@ class Session:
         cost: Cost | None = None
         samples = self._samples(contender)
         lengths = self._lengths(samples)
+        limit = context_length(contender.model)
+        if limit is not None and any(length is not None and length > limit for length in lengths):
+            notes.append(f"It reads {limit} tokens at most, so longer rows are not timed.")
         try:
             cost = measure_cost(
                 contender.model,
@@ -216,4 +219,4 @@ def _has_positions(dataset: Any) -> bool:
 
 def _failure(what: str, error: Exception) -> str:
     message = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return f"{what}: {message.rstrip('.')}."
+    return f"{what}: {without_paths_inside(message).rstrip('.')}."

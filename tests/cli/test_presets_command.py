@@ -49,7 +49,11 @@ def test_what_is_shown_can_be_copied_and_says_the_same_as_the_preset(name, capsy
 
 @pytest.mark.parametrize(
     ("words", "complaint"),
-    [(["tinybrt"], "'tinybrt' is unknown. Did you mean 'tinybert'?"), ([], "show needs a name. Known: akl,")],
+    [
+        (["tinybrt"], "'tinybrt' is unknown. Did you mean 'tinybert'?"),
+        (["TinyBERT"], "'TinyBERT' is unknown. Did you mean 'tinybert'?"),
+        ([], "show needs a name. Known: akl,"),
+    ],
 )
 def test_a_preset_that_is_not_there_is_refused(words, complaint, capsys):
     assert main(["presets", "show", *words]) == 1

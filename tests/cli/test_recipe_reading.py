@@ -167,7 +167,7 @@ def test_a_change_that_is_wrong_is_said(words, complaint):
     [
         ("teacher: t\nstudent: [1\ndata: x\n", r"r\.yaml: line \d: "),
         ("teacher: t\n\tstudent: s\n", r"r\.yaml: line 2: "),
-        ("teacher: t\nteacher: u\n", r"'teacher' is written twice"),
+        ("teacher: t\nteacher: u\n", r"yaml: 'teacher' is written twice, in line 1 and line 2"),
         ("- a\n", r"r\.yaml: The recipe is \['a'\]; expected a mapping with data, student"),
         ("", r"r\.yaml: data is missing"),
     ],

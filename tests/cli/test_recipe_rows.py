@@ -13,6 +13,7 @@ from PIL import Image
 from hf_distill import DistillationTrainingArguments
 from hf_distill.recipes.data import _MAKERS, COLUMNS, metrics_of, named_columns, prepare, split_rows
 from hf_distill.recipes.labels import Labels
+from hf_distill.recipes.measure import data_name
 from hf_distill.recipes.models import Models
 from hf_distill.recipes.recipe import TASKS, DataPart
 from hf_distill.recipes.rows import Spans, Words
@@ -47,8 +48,7 @@ def test_every_place_gives_the_same_rows(kind, tmp_path):
     path = write(kind, tmp_path)
     assert load_rows(path)[:] == ROWS
     assert load_splits(path)["train"][:] == ROWS
-    if kind != "saved":
-        assert load_rows(path, "train[1:]")["label"][:] == [1, 2]
+    assert load_rows(path, "train[1:]")["label"][:] == [1, 2]
 
 
 def test_what_cannot_be_read_is_named_with_what_there_is(tmp_path):
@@ -64,6 +64,20 @@ def test_what_cannot_be_read_is_named_with_what_there_is(tmp_path):
     ):
         with pytest.raises(ValueError, match=complaint.replace(".", r"\.")):
             load_rows(tmp_path / source, split)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("ragged.csv", "text,label\na,1\nb,c,d,2\n", "cannot be read: .*Expected 2 fields in line 3, saw 4"),
+        ("torn.jsonl", '{"text": "a"}\n{"text": "b\n', "cannot be read: JSON parse error"),
+        ("empty.csv", "text,label\n", "has no rows"),
+    ],
+)
+def test_a_file_that_is_broken_or_empty_is_named_with_the_reason(name, content, complaint, tmp_path):
+    (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=f"{name} {complaint}"):
+        load_splits(tmp_path / name)
 
 
 def splits_of(folder, **parts):
@@ -89,6 +103,17 @@ def test_rows_to_evaluate_on_are_those_that_are_named_or_a_split_or_held_out(tmp
     assert sizes(replace(alone, eval=whole.train)) == (20, 3)
     assert sizes(replace(alone, eval=whole.train, eval_split="dev")) == (20, 4)
     assert [part["n"] for part in split_rows(alone)] == [part["n"] for part in split_rows(alone)]
+    assert sizes(replace(whole, train_split="train[:10]")) == (10, 3)
+    with pytest.raises(ValueError, match="has 1 row, of which none can be held out"):
+        split_rows(splits_of(tmp_path / "d", train=1))
+
+
+def test_a_report_names_the_rows_it_is_of(tmp_path):
+    whole, alone = splits_of(tmp_path / "a", train=20, test=3), splits_of(tmp_path / "b", train=20)
+    assert data_name(replace(alone, eval=whole.train)) == "a"
+    assert data_name(whole) == "a"
+    assert data_name(alone) == "b, held out"
+    assert data_name(DataPart(train="org/texts", eval_split="dev")) == "org/texts"
 
 
 def test_columns_get_the_names_of_the_task_and_what_stands_there_gives_way():
@@ -132,6 +157,20 @@ def test_classes_of_a_data_set_go_by_their_names_where_the_teacher_has_them():
     assert Labels(NAMES).of_column(Dataset.from_dict({"label": [0, 1, 2]}, features=other), "label") == [2, 0, 1]
     unnamed = {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
     assert Labels(unnamed).of_column(Dataset.from_dict({"label": [0, 1, 2]}, features=other), "label") == [0, 1, 2]
+
+
+@pytest.mark.parametrize("name", ["labels", "label_ids"])
+def test_a_column_that_trainer_takes_for_labels_is_one_here(name):
+    data = {"text": ["a"], "question": ["b"], "choices": [["c", "d"]], name: [1]}
+    for task in ("text-classification", "multiple-choice"):
+        assert named_columns(Dataset.from_dict(data), task, {})["label"][0] == 1
+    both = named_columns(Dataset.from_dict({**data, "label": [0]}), "text-classification", {})
+    assert both["label"][0] == 0
+
+
+def test_labels_that_differ_by_their_case_alone_are_told_apart():
+    rows = Dataset.from_dict({"label": ["a", "A", "B"]})
+    assert Labels({0: "A", 1: "a", 2: "b"}).of_column(rows, "label") == [1, 0, 2]
 
 
 def test_several_labels_are_names_numbers_or_flags():

@@ -67,6 +67,7 @@ def test_text_for_a_language_model_is_tokenised(tmp_path, capsys):
         (["--columns", "text"], "write NAME=COLUMN"),
         (["--columns", "text=sentence", "--split", "dev"], "no split 'dev'"),
         (["--columns", "text=sentence", "--metric", "f2"], "f2"),
+        (["--columns", "text=sentence", "--device", "gpu"], "device='gpu' is no device"),
         (["--columns", "text=sentence", "--task", "fill-mas"], "Did you mean 'fill-mask'?"),
         (
             ["--columns", "text=sentence", "--student", "nowhere/at-all"],
@@ -109,3 +110,34 @@ def test_a_folder_without_a_training_has_no_card(place, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert "hf-distill card: " in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize("kind", ["image_classification", "audio_classification"])
+def test_what_is_made_when_it_is_read_is_measured(kind, tmp_path):
+    source = Path(CASES[kind](tmp_path)["data"])
+    (tmp_path / "t").rename(tmp_path / "s")
+    CASES[kind](tmp_path)
+    columns = ["--columns", "label=keyword"] if kind == "audio_classification" else []
+    assert report(tmp_path, *columns, "--output_dir", str(tmp_path), dataset=source.name) == 0
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [model["quality"]["items"] for model in written["models"]] == [written["data"]["rows"]] * 2
+
+
+def test_labels_are_those_of_the_student_where_it_has_another_order(tmp_path, capsys):
+    names, order = ["no", "yes", "maybe"], [2, 0, 1]
+    torch.manual_seed(0)
+    teacher, student = tiny.bert(**IDS), tiny.bert(**IDS)
+    student.load_state_dict(teacher.state_dict())
+    with torch.no_grad():
+        teacher.classifier.bias.copy_(torch.tensor([0.0, 9.0, 0.0]))  # it always says yes
+        student.classifier.weight.copy_(teacher.classifier.weight[order])
+        student.classifier.bias.copy_(teacher.classifier.bias[order])
+    for name, model, own in (("t", teacher, names), ("s", student, [names[number] for number in order])):
+        model.config.id2label = dict(enumerate(own))
+        model.config.label2id = {label: number for number, label in enumerate(own)}
+        save(tmp_path / name, model, words(40))
+    (tmp_path / "texts.csv").write_text("text,label\nw1 w2,yes\nw3 w4,Yes\nw5 w6,no\n", encoding="utf-8")
+    assert report(tmp_path, "--output_dir", str(tmp_path)) == 0
+    written = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    accuracies = [model["quality"]["metrics"]["accuracy"] for model in written["models"]]
+    assert accuracies == pytest.approx([2 / 3, 2 / 3])

@@ -22,12 +22,13 @@ def teacher(tmp_path):
 def test_a_student_and_its_tokenizer_are_written_and_described(teacher, tmp_path, capsys):
     out = str(tmp_path / "student")
     assert main(["student", teacher, out, "--layers", "2", "--hidden_size", "16", "--init", "importance"]) == 0
+    printed = capsys.readouterr()
     student = hf.AutoModelForMaskedLM.from_pretrained(out)
     assert (student.config.num_hidden_layers, student.config.hidden_size) == (2, 16)
     assert hf.AutoTokenizer.from_pretrained(out).tokenize("good film") == ["good", "film"]
-    printed = capsys.readouterr().out
-    assert "layers (from 0): 0, 3" in printed
-    assert out in printed
+    assert "layers (from 0): 0, 3" in printed.out
+    assert out in printed.out
+    assert "Loading weights" not in printed.err
 
 
 def test_a_corpus_trims_the_vocabulary(teacher, tmp_path):

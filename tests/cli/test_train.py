@@ -92,6 +92,14 @@ def test_a_dry_run_leaves_nothing_and_says_that_all_fits(name, tmp_path, capsys)
     assert sorted(path for path in tmp_path.iterdir() if path.name != "cache") == before
 
 
+def test_a_report_that_fails_costs_neither_student_nor_card(tmp_path, capsys):
+    changes = CASES["text_classification"](tmp_path)
+    assert train(tmp_path, "text_classification", changes, report="{metric: acuracy, baselines: []}") == 1
+    assert f"The student is trained, and in {tmp_path / 'out'}" in capsys.readouterr().err
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+    assert (tmp_path / "out" / "README.md").is_file()
+
+
 def test_a_report_is_made_where_it_is_asked_for(tmp_path, capsys):
     changes = CASES["text_classification"](tmp_path)
     report = "{baselines: [], batch_sizes: [1], repeats: 1, warm_up: 0}"
@@ -99,7 +107,7 @@ def test_a_report_is_made_where_it_is_asked_for(tmp_path, capsys):
     assert "| teacher |" in capsys.readouterr().out
     assert (tmp_path / "out" / "distillation" / "report.md").is_file()
     written = json.loads((tmp_path / "out" / "distillation" / "report.json").read_text(encoding="utf-8"))
-    assert written["data"]["name"] == "texts.csv"
+    assert written["data"]["name"] == "texts.csv, held out"
     assert str(tmp_path) not in json.dumps(written)
 
 

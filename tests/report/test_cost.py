@@ -13,8 +13,9 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from torch import nn
 
+from hf_distill.models.heads import context_length
 from hf_distill.models.modules import DistillationModules, StudentHook, attach
-from hf_distill.report.cost import longest_length, measure_cost, parameter_count, saved_bytes
+from hf_distill.report.cost import measure_cost, parameter_count, saved_bytes
 
 
 def tokens(batch_size, length):
@@ -95,7 +96,7 @@ def test_an_empty_grid_is_refused(changes):
 )
 def test_lengths_that_a_model_cannot_read_are_left_out(make, longest):
     model = make().eval()
-    assert longest_length(model) == longest
+    assert context_length(model) == longest
     lengths = (4, 64, 65, 66, 100)
     kept = [length for length in lengths if longest is None or length <= longest]
 
@@ -109,9 +110,9 @@ def test_lengths_that_a_model_cannot_read_are_left_out(make, longest):
 
 def test_the_longest_length_can_be_read_and_one_more_cannot():
     model = tiny.roberta().eval()
-    model(**tokens(1, longest_length(model)))
+    model(**tokens(1, context_length(model)))
     with pytest.raises((IndexError, RuntimeError), match="out of"):
-        model(**tokens(1, longest_length(model) + 1))
+        model(**tokens(1, context_length(model) + 1))
 
 
 def test_without_a_length_that_fits_the_rest_is_still_told():

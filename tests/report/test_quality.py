@@ -2,12 +2,14 @@
 
 import copy
 import gc
+import json
 
 import numpy as np
 import pytest
 import torch
 from transformers import DataCollatorForLanguageModeling
 
+from hf_distill.metrics import compute_metrics_for
 from hf_distill.metrics.scores import expected_calibration_error
 from hf_distill.report.calibration import Calibration
 from tests.report import quality_reference as reference
@@ -72,6 +74,7 @@ def test_rows_without_a_label_count_for_agreement_and_not_for_the_task(name):
     else:
         whole = quality(teacher, student, data)
         assert (found.items, found.agreement) == (6, pytest.approx(whole.agreement))
+        assert (found.labelled, whole.labelled) == (3, 6)
         assert found.kl_to_teacher == pytest.approx(whole.kl_to_teacher, rel=1e-5)
     none = quality(teacher, student, [{k: v for k, v in row.items() if k not in targets} for row in data])
     assert (none.metrics, none.calibration_error, none.f1_by_class) == ({}, None, None)
@@ -305,3 +308,33 @@ def test_larger_vocabularies_are_summed_in_16_bits_too():
     found = quality(teacher, student, rows("causal"))
     exact = quality(copy.deepcopy(teacher).float(), copy.deepcopy(student).float(), rows("causal"))
     assert found.metrics["perplexity"] == pytest.approx(exact.metrics["perplexity"], rel=0.02)
+
+
+def test_what_users_return_beside_numbers_is_left_out():
+    scores = {"accuracy": np.float32(0.5), "tensor": torch.tensor(2.0), "auc": None, "PER": {"f1": 0.3}, "note": "new"}
+    student, teacher = pair("bert")
+    assert quality(teacher, student, rows("sequence"), compute_metrics=lambda _: scores).metrics == {
+        "accuracy": 0.5,
+        "tensor": 2.0,
+    }
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_student_that_broke_has_no_figure_that_is_no_number(tmp_path):
+    student, teacher = pair("bert")
+    with torch.no_grad():
+        student.classifier.weight.fill_(torch.nan)
+    report = quick(teacher, student, rows("sequence"), output_dir=tmp_path)
+    found = report.model("student").quality
+    assert found.kl_to_teacher is found.calibration_error is found.calibration_error_to_teacher is None
+    json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+
+
+def test_tags_are_told_by_their_entities_whoever_gives_the_metrics():
+    student, teacher = pair("bert-tokens")
+    names = ["O", "B-PER", "I-PER"]
+    for model in (student, teacher):
+        model.config.id2label = dict(enumerate(names))
+    compute = compute_metrics_for("token_classification", label_names=names)
+    report = quick(teacher, student, rows("tokens"), compute_metrics=compute)
+    assert report.metric == "entity_f1"

@@ -135,6 +135,12 @@ def test_the_table_of_models_stands_alone():
     text = results_table(CASES["classifiers"])
     assert "Measured on 200 items of snips (test)." in text
     assert "Latency: batch 1, length 16, on Some CPU (1 thread)" in text
+    models = [
+        replace(model, quality=model.quality and replace(model.quality, labelled=20))
+        for model in CASES["classifiers"].models
+    ]
+    text = results_table(replace(CASES["classifiers"], models=models))
+    assert "Measured on 200 items of snips (test), 20 of them with a label." in text
     accelerated = replace(CASES["classifiers"], environment={"device": "Some GPU", "processor": "Some CPU"})
     assert "on Some GPU;" in results_table(accelerated)
 

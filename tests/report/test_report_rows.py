@@ -119,3 +119,24 @@ def test_a_stream_is_read_anew_for_every_model():
 def test_what_is_no_set_of_rows_is_refused_before_a_model_is_loaded(given, reason):
     with pytest.raises(ValueError, match=reason):
         make_report("no/teacher", "no/student", given)
+
+
+def test_rows_that_no_model_reads_are_refused_with_their_columns():
+    student, teacher = pair("bert")
+    for raw in ([{"text": "a", "label": 1}], Dataset.from_dict({"text": ["a"], "label": [1]})):
+        with pytest.raises(ValueError, match=r"The rows have text, label, and Bert\w+ reads none of them\. Tokenise"):
+            quick(teacher, student, raw)
+
+
+def test_rows_that_a_transform_makes_when_they_are_read_are_read_so():
+    student, teacher = pair("bert")
+    plain = values(rows("sequence"))
+    stored = Dataset.from_dict({"number": [*range(len(plain))], "label": [0] * len(plain)})
+
+    def read(batch):
+        made = [plain[number] for number in batch["number"]]
+        return {name: [row[name] for row in made] for name in made[0]}
+
+    found = quick(teacher, student, stored.with_transform(read))
+    expected = quick(teacher, student, plain)
+    assert [model.quality for model in found.models] == [model.quality for model in expected.models]
