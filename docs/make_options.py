@@ -1,11 +1,10 @@
 """Writes docs/options.md, from the fields that the code reads: `python -m docs.make_options` in the root."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import MISSING, Field, fields
-from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from transformers import TrainingArguments
 
@@ -48,35 +47,48 @@ KINDS = {
 
 def page() -> str:
     """The page as it should be."""
-    own = {field.name: field for field in fields(DistillationTrainingArguments)}
-    for field in fields(TrainingArguments):
-        del own[field.name]
+    plain = {field.name for field in fields(TrainingArguments)}
+    own = [field.name for field in fields(DistillationTrainingArguments) if field.name not in plain]
     sections = [HEAD]
     shared = {field.name for group in (TextArguments, OnPolicyArguments) for field in fields(group)}
-    sections += ["\n## What is minimised\n", table([field for name, field in own.items() if name not in shared])]
-    sections += ["\n## Raw text\n", table(fields(TextArguments))]
-    sections += ["\n## Text that the student writes\n", table(fields(OnPolicyArguments))]
-    sections += ["\n## Text that the teacher writes\n", GENERATE, table(fields(GenerationArguments))]
+    sections += [
+        "\n## What is minimised\n",
+        table(DistillationTrainingArguments, [name for name in own if name not in shared]),
+    ]
+    sections += ["\n## Raw text\n", table(TextArguments)]
+    sections += ["\n## Text that the student writes\n", table(OnPolicyArguments)]
+    sections += ["\n## Text that the teacher writes\n", GENERATE, table(GenerationArguments)]
     sections += ["\n## Keys of a recipe\n", RECIPE]
-    parts = [(f"{section}.", field) for section, part in SECTIONS.items() for field in fields(part)]
-    parts += [("", field) for field in fields(Recipe) if field.name not in SECTIONS]
-    sections += [table([field for _, field in parts], [section for section, _ in parts])]
+    rows = [row for section, part in SECTIONS.items() for row in rows_of(part, section=f"{section}.")]
+    rows += rows_of(Recipe, [field.name for field in fields(Recipe) if field.name not in SECTIONS])
+    sections += [as_table(rows)]
     return "".join(sections)
 
 
-def table(chosen: Sequence[Field], sections: Iterable[str] = repeat("")) -> str:
-    """A row for each field, with the section of a recipe that it is in."""
-    rows = [
-        f"| `{section}{field.name}` | {kind(field)} | {default(field)} | {words(field.metadata['help'])} |"
-        for section, field in zip(sections, chosen, strict=False)
-    ]
+def table(owner: type, names: Collection[str] | None = None) -> str:
+    """A table of the fields of a dataclass, or of those that are named."""
+    return as_table(rows_of(owner, names))
+
+
+def as_table(rows: Sequence[str]) -> str:
+    """Rows with their head."""
     return "\n".join(["\n| argument | value | left out | |", "|---|---|---|---|", *rows, ""])
 
 
-def kind(field: Field) -> str:
+def rows_of(owner: type, names: Collection[str] | None = None, section: str = "") -> list[str]:
+    """A row for each field, with the section of a recipe that it is in."""
+    hints = get_type_hints(owner)  # HfArgumentParser writes over the types of the fields
+    return [
+        f"| `{section}{field.name}` | {kind(hints[field.name])} | {default(field)} | {words(field.metadata['help'])} |"
+        for field in fields(owner)
+        if names is None or field.name in names
+    ]
+
+
+def kind(hint: Any) -> str:
     """What may be given, in words."""
-    names = re.findall(r"\w+", re.sub(r"\[[^|]*\]", "", str(field.type)))
-    return ", ".join(text for name, text in KINDS.items() if name in names)
+    found = re.findall(r"\w+", re.sub(r"\[[^|]*\]", "", str(hint)))
+    return ", ".join(text for name, text in KINDS.items() if name in found)
 
 
 def default(field: Field) -> str:
