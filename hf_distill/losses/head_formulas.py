@@ -40,14 +40,16 @@ class Exponentials(NamedTuple):
 Formula = Callable[[Exponentials], tuple[Tensor, Tensor | float] | None]
 
 
-def formula_of(name: str, options: Mapping[str, Any]) -> Formula | None:
-    """The formula of a registered loss with its options; None where it has none here."""
+def closed_form(name: str, options: Mapping[str, Any]) -> Mixture | str | None:
+    """What a registered loss with its options comes down to here: a mixture, `forward_kl` or `reverse_kl`, or None."""
     if name in _MIXTURES:
-        mixture = mixture_of(name, **options)
-        if isinstance(mixture, Mixture):
-            return functools.partial(_mixture, mixture=mixture)
-        name = mixture
-    return {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}.get(name)
+        return mixture_of(name, **options)
+    return name if name in _KLS else None
+
+
+def formula_of(form: Mixture | str) -> Formula:
+    """The formula of a closed form."""
+    return functools.partial(_mixture, mixture=form) if isinstance(form, Mixture) else _KLS[form]
 
 
 def _forward_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
@@ -118,3 +120,6 @@ def _log_of_ratio(w: Tensor, factor: float, mixture: Mixture, *, out: Tensor) ->
     if min(mixture.teacher_share, mixture.student_share) < _SMALL_SHARE:
         return torch.mul(w, factor, out=out).log1p_()
     return torch.add(w.new_ones(()), w, alpha=factor, out=out).log_()
+
+
+_KLS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}

@@ -9,7 +9,10 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import LOSSES, LossSpec
-from hf_distill.losses.head_formulas import Exponentials, Formula, formula_of
+from hf_distill.losses.head_device import proven_kernel, takes_kernel
+from hf_distill.losses.head_formulas import Exponentials, Formula, closed_form, formula_of
+from hf_distill.losses.kernel_rows import KernelCase, KernelRows
+from hf_distill.losses.mixtures import Mixture
 from hf_distill.losses.row_gradient import clear_rows, may_read, row_blocks, rows_per_block
 from hf_distill.signals import LogitFactors
 
@@ -50,9 +53,9 @@ class Divergence:
             )
 
     @property
-    def formula(self) -> Formula | None:
-        """How it is formed without its function; None where it is not."""
-        return None if self.transform is not None else formula_of(self.spec.name, self.options)
+    def form(self) -> Mixture | str | None:
+        """What it is formed by in place of its function; None where it is not."""
+        return None if self.transform is not None else closed_form(self.spec.name, self.options)
 
     def __call__(self, student: Tensor, teacher: Tensor, *, temperature: Tensor, targets: Tensor) -> Tensor:
         """(rows,) values of (rows, classes) logits, scaled and transformed."""
@@ -95,7 +98,8 @@ class RowLosses:
         temperature: float | Tensor | ItemTemperature,
         agreement: bool = False,
     ) -> None:
-        self._divergence, self._formula, self._agreement = divergence, divergence.formula, agreement
+        self._divergence, self._form, self._agreement = divergence, divergence.form, agreement
+        self._formula = None if self._form is None else formula_of(self._form)
         self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher.softcap
         self._temperature = temperature if callable(temperature) else None
         is_one = not (isinstance(temperature, Tensor) or callable(temperature)) and temperature == 1
@@ -110,6 +114,47 @@ class RowLosses:
             items: the items; their values are written.
             direction: (items, classes) in the memory of `logits`, row by row; None where no gradient is asked for.
         """
+        if not self._walk_by_kernel(logits, teacher_logits, items, direction):
+            self._walk_by_blocks(logits, teacher_logits, items, direction)
+        if self._formula is not None and self._divergence.temperature_squared:
+            items.divergence.mul_(items.temperature.square())
+        items.cross_entropy.masked_fill_(items.task == 0, 0.0)
+        items.divergence.masked_fill_(items.kd == 0, 0.0)
+
+    def _walk_by_kernel(
+        self, logits: Tensor, teacher_logits: Tensor, items: HeadItems, direction: Tensor | None
+    ) -> bool:
+        """Whether all rows went to a kernel of their own."""
+        if self._form is None or self._temperature is not None or not takes_kernel(logits) or not len(logits):
+            return False
+        kernel = proven_kernel(
+            KernelCase(
+                self._form,
+                self._softcap,
+                self._teacher_softcap,
+                dtypes=(logits.dtype, teacher_logits.dtype),
+                gradient_dtype=None if direction is None else direction.dtype,
+                is_wider=teacher_logits.shape[-1] < logits.shape[-1],
+                find_agreement=self._agreement,
+                device=logits.device,
+            )
+        )
+        if kernel is None:
+            return False
+        weights = [items.task * self._scale, self._weight(items) * self._scale, items.temperature.reciprocal()]
+        rows = KernelRows(logits, teacher_logits, items.targets.squeeze(-1), torch.cat(weights, -1), direction)
+        found = kernel(rows, teacher_scale=self._divergence.teacher_scale)
+        for written, column in zip(items[-3:], found, strict=True):
+            written.copy_(column.unsqueeze(-1))
+        return True
+
+    def _weight(self, rows: "HeadItems | _Rows") -> Tensor:
+        """(rows, 1) of the divergence's gradient by the softened logits: by the logits it is 1 / temperature of it."""
+        return rows.kd * rows.temperature if self._divergence.temperature_squared else rows.kd / rows.temperature
+
+    def _walk_by_blocks(
+        self, logits: Tensor, teacher_logits: Tensor, items: HeadItems, direction: Tensor | None
+    ) -> None:
         buffers = 5 if self._softcap is None else 6
         rows = rows_per_block(logits, buffers=buffers, dtype=items.task.dtype)
         scratch = torch.empty(buffers, rows * logits.shape[-1], dtype=items.task.dtype, device=logits.device)
@@ -128,10 +173,6 @@ class RowLosses:
             self._block(_Rows(student, teacher, targets, task, kd, temperature, inverse, *values, out, scratch))
             if out is not None and slope is not None:
                 out.mul_(slope)
-        if self._formula is not None and self._divergence.temperature_squared:
-            items.divergence.mul_(items.temperature.square())
-        items.cross_entropy.masked_fill_(items.task == 0, 0.0)
-        items.divergence.masked_fill_(items.kd == 0, 0.0)
 
     def _block(self, rows: "_Rows") -> None:
         student, teacher = rows.student[:, : rows.teacher.shape[-1]], rows.teacher
@@ -144,9 +185,7 @@ class RowLosses:
             return
         if self._temperature is not None:
             rows.soften(self._temperature(student, teacher))
-        # By the logits, those of the softened ones are 1 / temperature as large.
-        weight = rows.temperature if self._divergence.temperature_squared else rows.inverse_temperature
-        _together(rows, self._formula, kd=rows.kd * weight, one_softmax=self._one_softmax)
+        _together(rows, self._formula, kd=self._weight(rows), one_softmax=self._one_softmax)
 
 
 class _Rows(NamedTuple):

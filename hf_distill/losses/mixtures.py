@@ -34,7 +34,7 @@ def jsd(
     Source: the skewed divergence of Nielsen 2020, arXiv:1912.00610, divided by beta (1 - beta). Agarwal et al. 2024,
         arXiv:2306.13649, eq. 1, do not divide: see `generalized_jsd`.
     """
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("jsd", beta=beta))
+    return mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("jsd", beta=beta))
 
 
 @register_loss(
@@ -59,7 +59,7 @@ def generalized_jsd(
     Returns: (...,) float32, 0 where the logits are equal.
     Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, eq. 1; the ends are TRL's.
     """
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("generalized_jsd", beta=beta))
+    return mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("generalized_jsd", beta=beta))
 
 
 @register_loss("skewed_kl", feature="logits", item="position", paper="Ko et al. 2024, arXiv:2402.03898", min_classes=2)
@@ -80,7 +80,7 @@ def skewed_kl(
     Returns: (...,) float32, 0 where the logits are equal.
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("skewed_kl", skew=skew))
+    return mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("skewed_kl", skew=skew))
 
 
 @register_loss(
@@ -104,7 +104,7 @@ def skewed_reverse_kl(
     Returns: (...,) float32, 0 where the logits are equal.
     Source: Ko et al. 2024 (DistiLLM), arXiv:2402.03898, section 3.1.
     """
-    return _mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("skewed_reverse_kl", skew=skew))
+    return mixture_divergence(student_logits, teacher_logits, temperature, mixture_of("skewed_reverse_kl", skew=skew))
 
 
 class Mixture(NamedTuple):
@@ -149,9 +149,10 @@ def mixture_of(name: str, *, beta: float = 0.5, skew: float = 0.1) -> Mixture | 
     return Mixture(1 - skew, skew, teacher_weight=0, student_weight=1, spread_weight=skew * (1 - skew))
 
 
-def _mixture_divergence(
+def mixture_divergence(
     student_logits: Tensor, teacher_logits: Tensor, temperature: float | Tensor, mixture: Mixture | str
 ) -> Tensor:
+    """(...,) values of (..., classes) logits by what `mixture_of` gives, times temperature²."""
     if isinstance(mixture, str):
         end = forward_kl if mixture == "forward_kl" else reverse_kl
         return end(student_logits, teacher_logits, temperature=temperature)

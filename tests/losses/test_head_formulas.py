@@ -1,38 +1,63 @@
 """The divergences of a chunked head's rows, formed in place, against their float64 twins."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
 
 from hf_distill.losses.base import item_temperature
-from hf_distill.losses.head_formulas import formula_of
+from hf_distill.losses.head_formulas import closed_form
 from hf_distill.losses.head_rows import Divergence, HeadItems, RowLosses
 from hf_distill.signals import LogitFactors
 from tests.losses.cases import cases, random_case
+from tests.losses.kernels import kernel_of_heads
 from tests.losses.test_registered_losses import gradient_tolerance, tolerance, value_and_gradient
-from tests.losses.variants import decided, variants
+from tests.losses.variants import decided, variants, variants_of
 
-with_a_formula = variants(lambda spec: formula_of(spec.name, {}) is not None)
+
+def has_a_formula(spec):
+    return closed_form(spec.name, {}) is not None
+
+
+# The kernel's interpreter takes its time.
+by_either_way = pytest.mark.parametrize(
+    ("walk", "loss"),
+    [("torch", loss) for loss in variants_of(has_a_formula)]
+    + [("kernel", loss) for loss in variants_of(has_a_formula, options=False)],
+    indirect=["walk"],
+    ids=str,
+)
 _PLAIN = LogitFactors(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
-def formed(loss, case, *, one_softmax=False, needs_gradient=True, **around):
+def formed(loss, case, *, one_softmax=False, needs_gradient=True, device="cpu", **around):
     """Values and gradient of a case's rows, of weight `case.weights`, without a cross-entropy."""
     classes, items = case.student.shape[-1], case.student.shape[:-1]
-    student, teacher = (logits.reshape(-1, classes).clone() for logits in (case.student, case.teacher))
-    temperature = item_temperature(case.temperature, case.student, torch.float32).reshape(-1, 1).clone()
+    student, teacher = (logits.reshape(-1, classes).clone().to(device) for logits in (case.student, case.teacher))
+    temperature = item_temperature(case.temperature, case.student, torch.float32).reshape(-1, 1).clone().to(device)
     zeros = torch.zeros_like(temperature)
-    weights = case.weights.reshape(-1, 1)
+    weights = case.weights.reshape(-1, 1).to(device)
     values = HeadItems(zeros.long(), zeros, weights, temperature, zeros.clone(), zeros.clone(), zeros.bool())
     direction = student if needs_gradient else None
     divergence = Divergence(loss.spec, loss.options, **around)
     block = RowLosses(divergence, _PLAIN, _PLAIN, temperature=1.0 if one_softmax else temperature)
     with torch.no_grad():
         block.walk(student, teacher, values, direction)
-    return values.divergence.view(items), student.view(*items, classes)
+    return values.divergence.view(items).cpu(), student.view(*items, classes).cpu()
 
 
-@with_a_formula
+@pytest.fixture(scope="module")
+def walk(request):
+    """`formed`, by either way."""
+    if request.param == "torch":
+        yield formed
+        return
+    with kernel_of_heads() as device:
+        yield partial(formed, device=device)
+
+
+@variants(has_a_formula)
 @settings(max_examples=40, deadline=None)
 @given(case=cases())
 def test_values_and_gradients_are_those_of_the_float64_twin(loss, case):
@@ -47,62 +72,62 @@ def test_values_and_gradients_are_those_of_the_float64_twin(loss, case):
     )
 
 
-@with_a_formula
+@by_either_way
 @pytest.mark.parametrize("near", [False, True])
-def test_one_softmax_serves_both_terms_at_temperature_1(loss, near):
+def test_one_softmax_serves_both_terms_at_temperature_1(loss, near, walk):
     case = random_case((7,), 300, 1, scale=3.0, padding=5, impossible=0, near=near)
-    alone, together = formed(loss, case), formed(loss, case, one_softmax=True)
+    alone, together = walk(loss, case), walk(loss, case, one_softmax=True)
     for found, expected in zip(together, alone, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    torch.testing.assert_close(formed(loss, case, needs_gradient=False)[0], alone[0], rtol=0, atol=0)
+    torch.testing.assert_close(walk(loss, case, needs_gradient=False)[0], alone[0], rtol=0, atol=0)
 
 
-@with_a_formula
-def test_equal_logits_have_the_value_0_and_no_gradient(loss):
+@by_either_way
+def test_equal_logits_have_the_value_0_and_no_gradient(loss, walk):
     case = random_case((5,), 300, 2, scale=3.0, padding=5, temperature=2.0)
     case.teacher = case.student
-    values, gradient = formed(loss, case)
+    values, gradient = walk(loss, case)
     assert values.abs().max() <= 2e-6
     assert gradient.abs().max() <= 1e-7
 
 
-@with_a_formula
-def test_without_its_square_the_temperature_divides_value_and_gradient(loss):
+@by_either_way
+def test_without_its_square_the_temperature_divides_value_and_gradient(loss, walk):
     case = random_case((5,), 50, 3, scale=3.0, temperature="per item")
     squares = case.temperature.square()
-    values, gradient = formed(loss, case)
-    plain, plain_gradient = formed(loss, case, temperature_squared=False)
+    values, gradient = walk(loss, case)
+    plain, plain_gradient = walk(loss, case, temperature_squared=False)
     torch.testing.assert_close(plain * squares, values)
     torch.testing.assert_close(plain_gradient * squares.unsqueeze(-1), gradient)
 
 
-@with_a_formula
-def test_a_row_that_weighs_nothing_may_hold_nan(loss):
+@by_either_way
+def test_a_row_that_weighs_nothing_may_hold_nan(loss, walk):
     case = random_case((4,), 20, 4, temperature=2.0)
     case.weights[1] = 0
-    clean = formed(loss, case)
+    clean = walk(loss, case)
     case.student[1], case.teacher[1, 3] = torch.nan, torch.inf
-    for found, expected in zip(formed(loss, case), clean, strict=True):
+    for found, expected in zip(walk(loss, case), clean, strict=True):
         assert torch.equal(found, expected)
     assert not clean[1][1].any()
 
 
-@with_a_formula
-def test_a_row_that_counts_and_holds_nan_is_nan(loss):
+@by_either_way
+def test_a_row_that_counts_and_holds_nan_is_nan(loss, walk):
     case = random_case((4,), 20, 5, temperature=2.0)
     case.teacher[1, 3] = torch.nan
-    values, gradient = formed(loss, case)
+    values, gradient = walk(loss, case)
     assert values[1].isnan()
     assert gradient[1].isnan().any()
     assert values[[0, 2, 3]].isfinite().all()
 
 
-@with_a_formula
+@by_either_way
 @pytest.mark.parametrize("side", ["student", "teacher"])
-def test_a_class_that_one_side_thinks_impossible(loss, side):
+def test_a_class_that_one_side_thinks_impossible(loss, side, walk):
     case = random_case((6,), 30, 6, scale=3.0, temperature=2.0)
     getattr(case, side)[:3, 4] = -torch.inf
-    values, gradient = formed(loss, case)
+    values, gradient = walk(loss, case)
     own, own_gradient = value_and_gradient(loss.function, case, temperature=case.temperature)
     torch.testing.assert_close(values, own, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, own_gradient, rtol=1e-5, atol=1e-5)

@@ -79,13 +79,17 @@ class Variant:
 
 def variants(keep=lambda spec: True, *, options=True):
     """A mark that runs a test with every loss for which `keep` holds, by default with every set of options."""
-    chosen = [
+    return pytest.mark.parametrize("loss", variants_of(keep, options=options), ids=str)
+
+
+def variants_of(keep=lambda spec: True, *, options=True):
+    """The losses for which `keep` holds, each with every set of options."""
+    return [
         Variant(spec, settings)
         for spec in SPECS
         if keep(spec)
         for settings in [{}, *(OPTIONS.get(spec.name, ()) if options else ())]
     ]
-    return pytest.mark.parametrize("loss", chosen, ids=str)
 
 
 def decided(spec, case):
