@@ -123,7 +123,13 @@ def _write_direction(gradient: Tensor, direction: Tensor, size: Tensor) -> None:
         norm.div_(FLOAT16_HEADROOM).nan_to_num_(nan=1.0).clamp_(min=torch.finfo(norm.dtype).tiny)
         gradient.div_(norm)
         size.mul_(norm)
-    direction.copy_(gradient)
+    if gradient is not direction:
+        direction.copy_(gradient)
+
+
+def _nearest(direction: Tensor, scratch: Tensor) -> Tensor:
+    """Where a last operation on a gradient may write it: over `direction`, unless that has another dtype."""
+    return direction if direction.dtype == scratch.dtype else scratch
 
 
 def subtract_maximum(logits: Tensor, *, out: Tensor) -> None:
@@ -190,9 +196,10 @@ def _forward_kl_block(
     torch.add((student_total / teacher_total).log_(), expected, alpha=_LOG_2, out=value)
     if direction is None or size is None:
         return
-    gradient = student_exps.mul_(teacher_total / student_total).sub_(teacher_exps)
+    student_exps.mul_(teacher_total / student_total)
     # As in `_write_direction`, no size may be NaN.
     size.copy_(teacher_total.reciprocal_().nan_to_num_(nan=1.0))
+    gradient = torch.sub(student_exps, teacher_exps, out=_nearest(direction, student_exps))
     _write_direction(gradient, direction, size)
 
 
@@ -259,7 +266,7 @@ def _reverse_kl_block(
     if direction is None or size is None:
         return
     expected.masked_fill_(value.isnan(), math.nan)
-    gradient.addcmul_(student_exps, expected, value=-1)
+    gradient = torch.addcmul(gradient, student_exps, expected, value=-1, out=_nearest(direction, gradient))
     clear_rows(gradient, expected.isposinf().logical_not_())
     size.copy_(student_total.reciprocal_().mul_(_LOG_2).nan_to_num_(nan=1.0))
     _write_direction(gradient, direction, size)

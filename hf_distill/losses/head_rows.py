@@ -102,8 +102,7 @@ class RowLosses:
         self._formula = None if self._form is None else formula_of(self._form)
         self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher.softcap
         self._temperature = temperature if callable(temperature) else None
-        is_one = not (isinstance(temperature, Tensor) or callable(temperature)) and temperature == 1
-        self._one_softmax = is_one and len(student.weight) <= len(teacher.weight)
+        self._soften = isinstance(temperature, Tensor) or callable(temperature) or temperature != 1
 
     def walk(self, logits: Tensor, teacher_logits: Tensor, items: HeadItems, direction: Tensor | None) -> None:
         """Writes the values of a chunk's items, and over its logits their gradient before scale.
@@ -185,7 +184,7 @@ class RowLosses:
             return
         if self._temperature is not None:
             rows.soften(self._temperature(student, teacher))
-        _together(rows, self._formula, kd=self._weight(rows), one_softmax=self._one_softmax)
+        _together(rows, self._formula, kd=self._weight(rows), soften=self._soften)
 
 
 class _Rows(NamedTuple):
@@ -219,25 +218,23 @@ class _Rows(NamedTuple):
         torch.reciprocal(self.temperature, out=self.inverse_temperature)
 
 
-def _together(rows: _Rows, formula: Formula, *, kd: Tensor, one_softmax: bool) -> None:
+def _together(rows: _Rows, formula: Formula, *, kd: Tensor, soften: bool) -> None:
     """The two terms at once; `kd` (rows, 1) is the weight of the gradient by the softened logits."""
-    shared = rows.teacher.shape[-1]
+    shared, has_labels = rows.teacher.shape[-1], _has_labels(rows)
+    one_softmax = has_labels and not soften and shared == rows.student.shape[-1]
     student, exps = rows.buffers(0, rows.student, 2)
     teacher, teacher_exps, scratch = rows.buffers(2, rows.teacher, 3)
-    total = _write_cross_entropy(rows, powers=student, exps=exps)
-    student_exps, student_total = exps, total
-    if not one_softmax:
-        student_exps = scratch
-        if shared < rows.student.shape[-1]:
-            (student,) = rows.buffers(0, rows.teacher, 1)
-            _write_powers(rows.student[:, :shared], out=student)
-        torch.exp2(student.mul_(rows.inverse_temperature), out=student_exps)
-        student_total = student_exps.sum(-1, keepdim=True)
+    total = _write_cross_entropy(rows, powers=student, exps=exps) if has_labels else None
+    if total is None or shared < rows.student.shape[-1]:
+        (student,) = rows.buffers(0, rows.teacher, 1)
+        _write_powers(rows.student[:, :shared], out=student)
     _write_powers(rows.teacher, out=teacher)
-    if not one_softmax:
+    if soften:
+        student.mul_(rows.inverse_temperature)
         teacher.mul_(rows.inverse_temperature)
-    torch.exp2(teacher, out=teacher_exps)
-    teacher_total = teacher_exps.sum(-1, keepdim=True)
+    student_exps = exps if one_softmax else torch.exp2(student, out=scratch)
+    student_total = total if one_softmax and total is not None else student_exps.sum(-1, keepdim=True)
+    teacher_total = torch.exp2(teacher, out=teacher_exps).sum(-1, keepdim=True)
     needs_gradient = rows.direction is not None
     totals = (student_total, teacher_total)
     result = formula(
@@ -247,11 +244,20 @@ def _together(rows: _Rows, formula: Formula, *, kd: Tensor, one_softmax: bool) -
         return
     gradient, factor = result
     clear_rows(gradient, rows.kd)
+    weight = (kd * factor).masked_fill_(rows.kd == 0, 0.0)  # a factor may be NaN there
+    if total is None:
+        torch.mul(gradient, weight, out=rows.direction[:, :shared])
+        rows.direction[:, shared:] = 0
+        return
     _write_cross_entropy_gradient(rows, exps, total)
-    gradient.mul_((kd * factor).masked_fill_(rows.kd == 0, 0.0))  # a factor may be NaN there
     # Two passes: of three operands, one of them a column, a CPU makes one slow one.
-    torch.add(exps[:, :shared], gradient, out=rows.direction[:, :shared])
+    torch.add(exps[:, :shared], gradient.mul_(weight), out=rows.direction[:, :shared])
     rows.direction[:, shared:] = exps[:, shared:]
+
+
+def _has_labels(rows: _Rows) -> bool:
+    """Whether any row may count in the cross-entropy."""
+    return not may_read(rows.task) or bool(rows.task.any())
 
 
 def _apart(rows: _Rows, divergence: Divergence, temperature: ItemTemperature | None) -> None:
@@ -272,7 +278,7 @@ def _apart(rows: _Rows, divergence: Divergence, temperature: ItemTemperature | N
     if direction is not None:
         (gradient,) = torch.autograd.grad(values, leaf, rows.kd.squeeze(-1).to(values.dtype))
         clear_rows(gradient, rows.kd)
-    if may_read(rows.task) and not bool(rows.task.any()):
+    if not _has_labels(rows):
         if direction is not None and gradient is not None:
             direction[:, :shared] = gradient
             direction[:, shared:] = 0

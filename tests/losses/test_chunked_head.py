@@ -276,6 +276,15 @@ def test_labels_reach_a_divergence_where_the_task_weighs_nothing():
     assert_equal(case, Divergence(LOSSES.get("dkd")))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 4.0, "per item"])
+@pytest.mark.parametrize("sizes", [(23, 23), (23, 17), (17, 23)])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+def test_without_a_task_term_the_comparison_stands_alone(name, sizes, temperature, small_chunks):
+    case = Case(classes=sizes[0], shared=sizes[1], temperature=temperature)
+    case.task.zero_()
+    assert_equal(case, Divergence(LOSSES.get(name)))
+
+
 @pytest.mark.parametrize("name", ["dist", "hidden_mse"])
 def test_what_is_no_comparison_of_one_positions_logits_is_refused(name):
     with pytest.raises(ValueError, match=name):
