@@ -1,7 +1,6 @@
 """The teacher's own scores beside the student's, and the share of them that the student retains."""
 
 import hashlib
-import math
 import random
 import weakref
 from collections.abc import Callable, Mapping
@@ -17,7 +16,7 @@ from hf_distill.accounting import mark_repeated_rows
 from hf_distill.alignment import ordered_classes
 from hf_distill.batches import Batch
 from hf_distill.evaluation import EvaluationMixin
-from hf_distill.metrics.direction import smaller_is_better
+from hf_distill.metrics.direction import retention, smaller_is_better
 from hf_distill.pairing import ModelPair
 from hf_distill.signals import Task
 from hf_distill.teachers import SparseTeacher, Teacher
@@ -34,20 +33,11 @@ _NEEDS_LOGITS = (
 _NO_SCORES = ("loss", "kd", "agreement", "model_preparation_time")
 
 
-def retention(student: float, teacher: float, *, smaller_is_better: bool) -> float | None:
-    """The student's score as a share of the teacher's; of a metric that is better where it is smaller, the inverse.
-
-    None where the whole is not a finite number above 0. A negative score, as of a correlation, is a negative share.
-    """
-    if not (math.isfinite(student) and math.isfinite(teacher)):
-        return None
-    if not smaller_is_better:
-        return student / teacher if teacher > 0 else None
-    return teacher / student if student > 0 and teacher >= 0 else None
-
-
 def teacher_metrics(student: Mapping[str, Any], teacher: Mapping[str, float], prefix: str) -> dict[str, float]:
     """`<prefix>_teacher_<metric>` and `<prefix>_retention_<metric>` of every metric that both have.
+
+    Where `retention` gives no share, the metrics have no such key. `Trainer` ends with a KeyError where that is its
+    `metric_for_best_model`, so follow the metric itself if its score may be 0 or NaN.
 
     Args:
         student: what the evaluation found, with prefixes.

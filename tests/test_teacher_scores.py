@@ -13,8 +13,11 @@ from hf_distill import (
     Seq2SeqDistillationTrainingArguments,
 )
 from hf_distill.metrics import compute_metrics_for, preprocess_logits_for
-from hf_distill.teacher_scores import retention, teacher_metrics
+from hf_distill.metrics.direction import retention
+from hf_distill.report.results import STUDENT, TEACHER, ModelResult
+from hf_distill.teacher_scores import teacher_metrics
 from hf_distill.teachers import LocalTeacher, TopKTeacher
+from tests.report.report_cases import quality, report
 from tests.tiny import ZOO, bert, pair, rows, tokenizer
 from tests.training import arguments, make_trainer, plain_trainer
 
@@ -321,23 +324,45 @@ def test_a_teacher_of_few_logits_is_refused(tmp_path):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("student", "teacher", "smaller", "expected"),
-    [
-        (0.45, 0.9, False, 0.5),
-        (0.99, 0.9, False, 1.1),
-        (-0.1, 0.5, False, -0.2),
-        (0.5, 0.0, False, None),
-        (0.5, -0.5, False, None),
-        (8.0, 4.0, True, 0.5),
-        (0.0, 4.0, True, None),
-        (-1.0, 4.0, True, None),
-        (math.nan, 0.5, False, None),
-        (0.5, math.inf, True, None),
-    ],
-)
+SHARES = [
+    (0.45, 0.9, False, 0.5),
+    (0.99, 0.9, False, 1.1),
+    (0.0, 0.5, False, 0.0),
+    (-0.1, 0.5, False, -0.2),
+    (0.5, 0.0, False, None),
+    (0.5, -0.5, False, None),
+    (-0.5, -0.5, False, None),
+    (8.0, 4.0, True, 0.5),
+    (2.0, 4.0, True, 2.0),
+    (0.0, 4.0, True, None),
+    (-1.0, 4.0, True, None),
+    (0.5, 0.0, True, None),
+    (-1.0, -4.0, True, None),
+    (math.nan, 0.5, False, None),
+    (0.5, math.nan, False, None),
+    (0.5, math.inf, True, None),
+]
+
+
+@pytest.mark.parametrize(("student", "teacher", "smaller", "expected"), SHARES)
 def test_retention_is_a_share_of_the_teachers_score(student, teacher, smaller, expected):
     assert retention(student, teacher, smaller_is_better=smaller) == (expected and pytest.approx(expected))
+
+
+@pytest.mark.parametrize(("student", "teacher", "smaller", "expected"), SHARES)
+def test_a_report_and_an_evaluation_give_the_same_share(student, teacher, smaller, expected):
+    name = "perplexity" if smaller else "pearson"
+    metrics = teacher_metrics({f"eval_{name}": student}, {name: teacher}, "eval")
+    found = report(
+        ModelResult("teacher", TEACHER, quality=quality(teacher, metric=name)),
+        ModelResult("student", STUDENT, quality=quality(student, metric=name)),
+        metric=name, higher=not smaller,
+    )  # fmt: skip
+    wanted = expected and pytest.approx(expected)
+    assert metrics.get(f"eval_retention_{name}") == wanted
+    assert found.retention(found.model(STUDENT)) == wanted
+    assert found.to_dict()["models"][1]["retention"] == wanted
+    assert None not in metrics.values()
 
 
 def test_what_is_undefined_is_left_out():

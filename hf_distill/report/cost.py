@@ -5,10 +5,11 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -29,30 +30,109 @@ from hf_distill.teachers import in_eval_mode
 _COUNTED_ATTENTION = (None, "eager", "sdpa", "flex_attention")
 _SILENT = "6"
 
+# What a model raises that cannot do with some inputs, or finds no memory for them.
+FAILURES = (RuntimeError, ValueError, TypeError, IndexError)
+# A model right after another finds its weights out of the processor's caches, which a small one pays for with a
+# quarter of its time: it runs so often in a row, after a pass that is not timed.
+_IN_A_ROW = 5
+
+MakeBatch: TypeAlias = Callable[[int, int | None], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A model and what its time is taken on.
+
+    Attributes:
+        model: a Transformers or PEFT model, or any module whose forward takes a batch's entries by name.
+        make_batch: from a number of rows and a length to the forward's inputs, on any device and without labels.
+        lengths: tokens of a row, or frames; None stands for inputs of one size, as images. Those that the model cannot
+            read are left out.
+    """
+
+    model: nn.Module
+    make_batch: MakeBatch
+    lengths: Sequence[int | None]
+
+    def fitting(self) -> list[int | None]:
+        """The lengths that the model can read."""
+        # A module that is none of Transformers' says nothing of its positions.
+        limit = context_length(self.model) if hasattr(task_model(self.model), "config") else None
+        return [length for length in self.lengths if length is None or limit is None or length <= limit]
+
+    def batch(self, batch_size: int, length: int | None) -> dict[str, Any]:
+        """A batch on the model's device."""
+        return on_device(self.make_batch(batch_size, length), self.model)
+
+
+def measure_latencies(
+    runners: Sequence[Runner], *, batch_sizes: Sequence[int], repeats: int, warm_up: int
+) -> list[tuple[Timing, ...] | Exception]:
+    """How long a forward pass of each model takes, measured in turns.
+
+    A machine whose speed drifts would make one model look faster than another that is timed minutes apart from it.
+    In each cell of the grid the models therefore take turns, a few passes each, in one order and then in the other, so
+    that a drift is in the times of all alike. The price: all of them are in memory at once, and a turn begins with a
+    pass that is not timed. A model alone runs through.
+
+    Cells come one after the other, batch sizes in the outer loop. Every module is in evaluation mode meanwhile, and
+    then in the mode that it had.
+
+    Args:
+        runners: the models, each where and in the dtype that it is.
+        batch_sizes: rows of a batch.
+        repeats: timed passes of a model in a cell.
+        warm_up: passes before them.
+
+    Returns: the grid of each model, or the error that ended it; the others go on without that one.
+    """
+    lengths = [runner.fitting() for runner in runners]
+    cells = dict.fromkeys((rows, length) for rows in batch_sizes for own in lengths for length in own)
+    found: list[list[Timing] | Exception] = [[] for _ in runners]
+    with ExitStack() as stack:
+        for runner in runners:
+            stack.enter_context(in_eval_mode(runner.model))
+        stack.enter_context(torch.no_grad())  # inference_mode would leave its mark on tensors that a model caches
+        for batch_size, length in cells:
+            cell = {
+                place: _Passes(runner, batch_size, length)
+                for place, runner in enumerate(runners)
+                if length in lengths[place] and isinstance(found[place], list)
+            }
+            _take_turns([*cell.values()], repeats=repeats, warm_up=warm_up)
+            for place, passes in cell.items():
+                own = found[place]
+                if passes.error is not None:
+                    found[place] = passes.error
+                elif isinstance(own, list):
+                    own.append(_timing(passes.seconds, batch_size, length))
+    return [own if isinstance(own, Exception) else tuple(own) for own in found]
+
 
 def measure_cost(
     model: nn.Module,
     *,
-    make_batch: Callable[[int, int | None], Mapping[str, Any]],
+    make_batch: MakeBatch,
     batch_sizes: Sequence[int],
     lengths: Sequence[int | None],
     repeats: int,
     warm_up: int,
     size_bytes: int | None = None,
+    timings: Sequence[Timing] | None = None,
 ) -> Cost:
     """What one model costs, measured where it is and in the dtype that it has.
 
-    Cells are timed one after the other, batch sizes in the outer loop. A length that the model cannot read is left
-    out. Every module is in evaluation mode meanwhile, and then in the mode that it had.
+    Every module is in evaluation mode meanwhile, and then in the mode that it had.
 
     Args:
-        model: a Transformers or PEFT model, or any module whose forward takes a batch's entries by name.
-        make_batch: from a number of rows and a length to the forward's inputs, on any device and without labels.
+        model: as of `Runner`.
+        make_batch: likewise.
         batch_sizes: rows of a batch.
-        lengths: tokens of a row, or frames; None stands for inputs of one size, as images.
+        lengths: as of `Runner`.
         repeats: timed passes of a cell, >= 1.
         warm_up: passes before them.
         size_bytes: of its weights on disk, where that is known; else `saved_bytes` writes them.
+        timings: the grid, where it was measured beside other models; else the model is timed alone.
 
     Raises:
         ValueError: no batch size, no length or no repeat.
@@ -62,21 +142,19 @@ def measure_cost(
             f"The grid has batch_sizes={tuple(batch_sizes)}, lengths={tuple(lengths)} and repeats={repeats}. It needs "
             "at least one of each; for inputs of one size, as images, the lengths are (None,)."
         )
-    # A module that is none of Transformers' says nothing of its positions.
-    limit = context_length(model) if hasattr(task_model(model), "config") else None
-    fitting = [length for length in lengths if length is None or limit is None or length <= limit]
-    timings: list[Timing] = []
+    runner = Runner(model, make_batch, lengths)
+    if timings is None:
+        (alone,) = measure_latencies([runner], batch_sizes=batch_sizes, repeats=repeats, warm_up=warm_up)
+        if isinstance(alone, Exception):
+            raise alone
+        timings = alone
+    fitting = runner.fitting()
     peak = flops = None
-    with in_eval_mode(model), torch.no_grad():  # inference_mode would leave its mark on tensors that a model caches
-        for batch_size in batch_sizes:
-            for length in fitting:
-                batch = on_device(make_batch(batch_size, length), model)
-                seconds = _seconds(model, batch, passes=warm_up + repeats)[warm_up:]
-                timings.append(_timing(seconds, batch_size, length))
-        if fitting:
-            longest = max(fitting, key=lambda length: length or 0)
-            peak = peak_memory(model, on_device(make_batch(max(batch_sizes), longest), model))
-            flops = forward_flops(model, on_device(make_batch(1, longest), model))
+    if fitting:
+        longest = max(fitting, key=lambda length: length or 0)
+        with in_eval_mode(model), torch.no_grad():
+            peak = peak_memory(model, runner.batch(max(batch_sizes), longest))
+            flops = forward_flops(model, runner.batch(1, longest))
     return Cost(
         parameters=parameter_count(model),
         size_bytes=saved_bytes(model) if size_bytes is None else size_bytes,
@@ -159,6 +237,38 @@ def forward_flops(model: nn.Module, batch: Mapping[str, Any]) -> int | None:
     with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), _plain_experts(model), counter:
         getattr(model, "_orig_mod", model)(**batch)
     return counter.get_total_flops()
+
+
+@dataclass
+class _Passes:
+    """The timed passes of a model in one cell, until one fails."""
+
+    runner: Runner
+    batch_size: int
+    length: int | None
+    seconds: list[float] = field(default_factory=list)
+    error: Exception | None = None
+    _batch: dict[str, Any] | None = None
+
+    def run(self, *, untimed: int, timed: int) -> None:
+        if self.error is not None:
+            return
+        try:
+            if self._batch is None:
+                self._batch = self.runner.batch(self.batch_size, self.length)
+            self.seconds += _seconds(self.runner.model, self._batch, passes=untimed + timed)[untimed:]
+        except FAILURES as error:
+            self.error = error.with_traceback(None)  # whose frames would keep the model in memory
+
+
+def _take_turns(models: list[_Passes], *, repeats: int, warm_up: int) -> None:
+    for passes in models:
+        passes.run(untimed=warm_up, timed=0)
+    untimed = 1 if len(models) > 1 else 0
+    for turn, start in enumerate(range(0, repeats, _IN_A_ROW)):
+        # The order changes, or the last one would always be timed on what the machine is by then.
+        for passes in models if turn % 2 == 0 else models[::-1]:
+            passes.run(untimed=untimed, timed=min(_IN_A_ROW, repeats - start))
 
 
 def _seconds(model: nn.Module, batch: Mapping[str, Any], *, passes: int) -> list[float]:

@@ -16,22 +16,24 @@ WIDTH = 6.0  # inches: shown at 600 pixels, 8 points are 11 pixels high
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = ("o", "D", "s", "^", "v", "P", "X", "<", ">", "p", "*")
 LINES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)))
-_STYLE = {
-    "figure.dpi": 200,
-    "savefig.dpi": 200,
+STYLE = {  # what the figures of the docs share
     "font.size": 8,
     "font.sans-serif": ["DejaVu Sans"],  # comes with matplotlib
     "axes.titlesize": 9,
-    "axes.titlelocation": "left",
-    "figure.titlesize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.color": "#e6e6e6",
     "axes.axisbelow": True,
     "legend.frameon": False,
-    "legend.handlelength": 3,  # long enough for a pattern of dashes
     "lines.linewidth": 1.5,
+}
+_STYLE = STYLE | {
+    "figure.dpi": 200,
+    "savefig.dpi": 200,
+    "axes.titlelocation": "left",
+    "figure.titlesize": 10,
+    "legend.handlelength": 3,  # long enough for a pattern of dashes
     "lines.markersize": 4,
     "text.parse_math": False,  # a class may be called "$"
 }

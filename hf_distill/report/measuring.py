@@ -22,7 +22,7 @@ from hf_distill.report.loading import is_name, load_models, load_processing_clas
 from hf_distill.report.markdown import to_markdown
 from hf_distill.report.options import ReportOptions
 from hf_distill.report.plots import PLOTS, write_plots
-from hf_distill.report.results import ModelResult, Report
+from hf_distill.report.results import Report
 from hf_distill.report.rows import check_rows
 from hf_distill.report.session import Session
 from hf_distill.teachers import Teacher
@@ -40,6 +40,9 @@ def make_report(
 
     Models are left as and where they were. They run in the dtype they have, without autocast, so that a student from a
     training and the same from its folder give the same numbers. What is random in a batch (masks) is the same for all.
+
+    Latencies are taken in turns, so that a machine that slows down does so for all: teacher, student and undistilled
+    student are in memory together. Of the baselines there is one at a time, and the teacher is timed again beside it.
 
     Args:
         teacher: a module; a name or path, loaded with the student's kind of head; or a `Teacher`.
@@ -107,7 +110,8 @@ def _measured(teacher: Any, student: Any, dataset: Any, options: ReportOptions) 
             batch_size=batch_size,
             device=device,
         )
-        models, metric = _models(session, options.metric)
+        models = tuple(session.results())
+        metric = session.scorer.metric(options.metric, {}) if session.metric is None else session.metric
         surroundings = environment(
             {"teacher": session.teacher, "student": session.student}, device, latency=_method(options)
         )
@@ -125,16 +129,6 @@ def _measured(teacher: Any, student: Any, dataset: Any, options: ReportOptions) 
     )
 
 
-def _models(session: Session, wanted: str | None) -> tuple[tuple[ModelResult, ...], str | None]:
-    """The models, and the score that retention refers to: refused, if it must be, before the work is done."""
-    found, metric = [], None
-    for result in session.results():
-        found.append(result)
-        if metric is None and result.quality is not None and result.quality.metrics:
-            metric = session.scorer.metric(wanted, result.quality.metrics)
-    return tuple(found), session.scorer.metric(wanted, {}) if metric is None else metric
-
-
 def _data(dataset: Any, name: str | None) -> dict[str, Any]:
     found = dict(describe_data(dataset))
     return found if name is None else {**found, "name": public_name(name)[0]}
@@ -143,7 +137,8 @@ def _data(dataset: Any, name: str | None) -> dict[str, Any]:
 def _method(options: ReportOptions) -> str:
     return (
         f"one forward pass without gradients of rows without padding; {options.repeats} timed after "
-        f"{options.warm_up} to warm up; median (p50) and 95th percentile (p95)"
+        f"{options.warm_up} to warm up, the models in turns; median (p50) and 95th percentile (p95); baselines in "
+        "turns with the teacher, as multiples of its time"
     )
 
 

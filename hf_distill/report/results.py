@@ -1,7 +1,6 @@
 """What a report holds: plain numbers by model, as `report.json` has them."""
 
 import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_distill.files import whole_file
+from hf_distill.metrics.direction import retention
 
 FORMAT = 1
 TEACHER, STUDENT, UNDISTILLED, BASELINE = "teacher", "student", "undistilled", "baseline"
@@ -44,6 +44,9 @@ class Quality:
 @dataclass(frozen=True)
 class Timing:
     """One cell of the latency grid.
+
+    Of a baseline: its time over the teacher's in turns with it, times the teacher's in this report. On a machine whose
+    speed is steady that is the time that it took.
 
     Attributes:
         batch_size: rows in a batch.
@@ -132,18 +135,16 @@ class Report:
     def retention(self, model: ModelResult) -> float | None:
         """The model's score as a share of the teacher's; of a metric that is better where it is smaller, the inverse.
 
-        None where either has no score, or one is not a finite number above 0.
+        None where either has no score, or there is no share of it (`hf_distill.metrics.direction.retention`, which
+        `eval_retention_<metric>` of evaluations is, too).
         """
-        teacher = self.model(TEACHER)
-        scores = [
+        own, reference = (
             None if one is None or one.quality is None or self.metric is None else one.quality.metrics.get(self.metric)
-            for one in (model, teacher)
-        ]
-        own, reference = scores
-        if own is None or reference is None or not all(math.isfinite(score) for score in (own, reference)):
+            for one in (model, self.model(TEACHER))
+        )
+        if own is None or reference is None:
             return None
-        above, below = (own, reference) if self.higher_is_better else (reference, own)
-        return above / below if below > 0 and above >= 0 else None
+        return retention(own, reference, smaller_is_better=not self.higher_is_better)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, with the retention of every model."""

@@ -43,7 +43,7 @@ def _kept(report: Report, student: ModelResult) -> str:
         items = f" of {student.quality.items:,} items" if student.quality and student.quality.items else ""
         return f"The student chooses as the teacher does in {percent(own)}{items}"
     metric, share = escaped(report.metric), report.retention(student)
-    if share is not None and report.higher_is_better:
+    if share is not None and share >= 0 and report.higher_is_better:
         verb = "keeps" if share <= 1 else "reaches"
         return f"The student {verb} {percent(share)} of the teacher's {metric} ({number(own)} of {number(reference)})"
     better = "" if report.higher_is_better else "; lower is better"

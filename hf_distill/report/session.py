@@ -1,7 +1,8 @@
-"""The models of one report, measured one after another."""
+"""The models of one report, measured on the same rows and timed in turns."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -15,11 +16,11 @@ from hf_distill.pairing import ModelPair, pair_models, special_tokens
 from hf_distill.provenance import public_name, without_paths_inside
 from hf_distill.report.baselines import baselines_of
 from hf_distill.report.contenders import Comparison, Contender, as_student, as_teacher, as_undistilled, at_work
-from hf_distill.report.cost import measure_cost
+from hf_distill.report.cost import FAILURES, Runner, measure_cost, measure_latencies
 from hf_distill.report.loading import is_name, load_trained
 from hf_distill.report.options import ReportOptions
 from hf_distill.report.quality import Scorer
-from hf_distill.report.results import BASELINE, STUDENT, TEACHER, UNDISTILLED, Cost, ModelResult, Quality
+from hf_distill.report.results import BASELINE, STUDENT, TEACHER, UNDISTILLED, ModelResult, Quality, Timing
 from hf_distill.report.rows import make_rows
 from hf_distill.report.sample_batches import SampleBatches
 from hf_distill.setup import teacher_tokenizer
@@ -27,11 +28,29 @@ from hf_distill.signals import Task
 from hf_distill.teachers import LocalTeacher, SparseTeacher, Teacher
 
 _NO_HEAD = "It has no head, so there are no choices to compare."
+_NO_COST = "What it costs could not be measured"
 _OTHER_TOKENS = "It reads tokens of its own, and the labels are the student's: it has no score of the task."
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A model on its way into the report."""
+
+    name: str
+    kind: str
+    contender: Contender
+    size_bytes: int | None = None
 
 
 class Session:
     """What all models of a report have in common, and the models.
+
+    Teacher, student and undistilled student are in memory together, and are timed in turns. Of the baselines, each as
+    large as the teacher, there is one at a time: it takes turns with the teacher, which is timed once more for it, and
+    its times are brought to the pace that the machine had before by the ratio of the teacher's two medians.
+
+    Attributes:
+        metric: the score that retention refers to, once `results` has measured the teacher.
 
     Args:
         student: on the device, in evaluation mode.
@@ -97,40 +116,57 @@ class Session:
             device=device,
         )
         self._rows = rows
+        self.metric: str | None = None
 
     def results(self) -> Iterator[ModelResult]:
-        """The teacher, the student, the undistilled student and the baselines, each when it is measured."""
+        """The teacher, the student and the undistilled student, then each baseline when it is measured.
+
+        Raises:
+            ValueError: the metric wanted is none of the teacher's scores.
+        """
+        first = self._first()
+        yield from first
+        reference = first[0].cost
+        yield from self._baselines(() if reference is None else reference.timings)
+
+    def _first(self) -> list[ModelResult]:
         teacher = as_teacher(self.teacher, self.pair, is_reference=True)
-        found = self._result("teacher", TEACHER, teacher)
-        notes = [found.note] if found.note else []
+        entries = [
+            _Entry("teacher", TEACHER, teacher),
+            _Entry("student", STUDENT, as_student(self.student, self.pair)),
+        ]
+        with ExitStack() as stack:
+            if self._options.undistilled is not None:
+                undistilled = self._undistilled(self._options.undistilled, stack)
+                entries.append(_Entry("student, undistilled", UNDISTILLED, undistilled))
+            qualities = [self._quality(entry.contender) for entry in entries]
+            runners = [self._runner(entry.contender) for entry in entries]
+            timed = self._latencies(runners)
+            found = [self._result(*each) for each in zip(entries, qualities, runners, timed, strict=True)]
+        notes = []
         if self.pair.task is not Task.EMBEDDING and not teacher.labelled:
             notes.append(_OTHER_TOKENS)
         if self._is_other:
             notes.append(f"What it costs is measured on its {type(task_model(self.teacher)).__name__} alone.")
-        yield replace(found, note=" ".join(notes) or None)
-        found = self._result("student", STUDENT, as_student(self.student, self.pair))
+        found[0] = _noted(found[0], found[0].note, *notes)
         if self.pair.vocabulary is not None and not self.pair.vocabulary.is_whole:
-            found = replace(found, note=" ".join(filter(None, (str(self.pair.vocabulary), found.note))))
-        yield found
-        if self._options.undistilled is not None:
-            yield self._undistilled(self._options.undistilled)
-        yield from self._baselines()
+            found[1] = _noted(found[1], str(self.pair.vocabulary), found[1].note)
+        return found
 
-    def _undistilled(self, given: Any) -> ModelResult:
+    def _undistilled(self, given: Any, stack: ExitStack) -> Contender:
         model = load_trained(given, "undistilled", like=self.student) if is_name(given) else given
-        with at_work(model, self._device):
-            # As if it taught the student: that brings its classes into the student's order.
-            own_pair = pair_models(
-                self.student,
-                model,
-                student_tokenizer=self._processing_class,
-                teacher_tokenizer=self._processing_class,
-                device=self._device,
-            )
-            contender = as_undistilled(model, own_pair, self.pair)
-            return self._result("student, undistilled", UNDISTILLED, contender)
+        stack.enter_context(at_work(model, self._device))
+        # As if it taught the student: that brings its classes into the student's order.
+        own_pair = pair_models(
+            self.student,
+            model,
+            student_tokenizer=self._processing_class,
+            teacher_tokenizer=self._processing_class,
+            device=self._device,
+        )
+        return as_undistilled(model, own_pair, self.pair)
 
-    def _baselines(self) -> Iterator[ModelResult]:
+    def _baselines(self, reference: Sequence[Timing]) -> Iterator[ModelResult]:
         samples = self._samples(as_teacher(self.teacher, self.pair))
         example = samples(1, self._lengths(samples)[0])
         for name, model, size_bytes, note in baselines_of(self.teacher, self._options.baselines, example=example):
@@ -139,41 +175,69 @@ class Session:
                 yield ModelResult(called, BASELINE, note=note)
                 continue
             try:
-                found = self._result(called, BASELINE, as_teacher(model, self.pair), size_bytes=size_bytes)
-                found = replace(found, source=None, note=" ".join(filter(None, (note, found.note))) or None)
+                found = self._baseline(called, model, size_bytes, reference)
+                found = _noted(found, note, found.note)
             except Exception as error:  # whatever a smaller model cannot do is worth a note, and not the report
                 found = ModelResult(called, BASELINE, note=_failure("It could not be measured", error))
             del model  # or it would be in memory while the next is made
             yield found
 
-    def _result(self, name: str, kind: str, contender: Contender, *, size_bytes: int | None = None) -> ModelResult:
-        inner = task_model(contender.model)
-        quality: Quality | None = None
-        notes = []
+    def _baseline(
+        self, name: str, model: nn.Module, size_bytes: int | None, reference: Sequence[Timing]
+    ) -> ModelResult:
+        entry = _Entry(name, BASELINE, as_teacher(model, self.pair), size_bytes)
+        quality = self._quality(entry.contender)
+        runner = self._runner(entry.contender)
+        beside, timed = self._latencies([self._runner(as_teacher(self.teacher, self.pair)), runner])
+        if not isinstance(beside, Exception) and not isinstance(timed, Exception):
+            timed = _on_the_first_machine(timed, beside, reference)
+        return replace(self._result(entry, quality, runner, timed), source=None)
+
+    def _quality(self, contender: Contender) -> Quality | None:
         if self.pair.task is Task.EMBEDDING:
-            notes.append(_NO_HEAD)
-        else:
-            quality = self._comparison.quality(contender)
-        cost: Cost | None = None
+            return None
+        quality = self._comparison.quality(contender)
+        if self.metric is None and quality.metrics:  # refused, if it must be, before the work is done
+            self.metric = self.scorer.metric(self._options.metric, quality.metrics)
+        return quality
+
+    def _runner(self, contender: Contender) -> Runner:
         samples = self._samples(contender)
-        lengths = self._lengths(samples)
-        limit = context_length(contender.model)
-        if limit is not None and any(length is not None and length > limit for length in lengths):
+        return Runner(contender.model, samples, self._lengths(samples))
+
+    def _latencies(self, runners: Sequence[Runner]) -> list[tuple[Timing, ...] | Exception]:
+        options = self._options
+        return measure_latencies(
+            runners, batch_sizes=options.batch_sizes, repeats=options.repeats, warm_up=options.warm_up
+        )
+
+    def _result(
+        self, entry: _Entry, quality: Quality | None, runner: Runner, timed: Sequence[Timing] | Exception
+    ) -> ModelResult:
+        model, cost = runner.model, None
+        inner = task_model(model)
+        notes = [_NO_HEAD] if quality is None else []
+        limit = context_length(model)
+        if limit is not None and any(length is not None and length > limit for length in runner.lengths):
             notes.append(f"It reads {limit} tokens at most, so longer rows are not timed.")
-        try:
-            cost = measure_cost(
-                contender.model,
-                make_batch=samples,
-                batch_sizes=self._options.batch_sizes,
-                lengths=lengths,
-                repeats=self._options.repeats,
-                warm_up=self._options.warm_up,
-                size_bytes=size_bytes,
-            )
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError) as error:
-            notes.append(_failure("What it costs could not be measured", error))
+        if isinstance(timed, Exception):
+            notes.append(_failure(_NO_COST, timed))
+        else:
+            try:
+                cost = measure_cost(
+                    model,
+                    make_batch=runner.make_batch,
+                    batch_sizes=self._options.batch_sizes,
+                    lengths=runner.lengths,
+                    repeats=self._options.repeats,
+                    warm_up=self._options.warm_up,
+                    size_bytes=entry.size_bytes,
+                    timings=timed,
+                )
+            except FAILURES as error:
+                notes.append(_failure(_NO_COST, error))
         source, _ = public_name(getattr(inner, "name_or_path", None), getattr(inner.config, "_commit_hash", None))
-        return ModelResult(name, kind, source, quality, cost, " ".join(notes) or None)
+        return ModelResult(entry.name, entry.kind, source, quality, cost, " ".join(notes) or None)
 
     def _samples(self, contender: Contender) -> SampleBatches:
         def read(collated: Any) -> Any:
@@ -215,6 +279,36 @@ def _has_positions(dataset: Any) -> bool:
     if names is None:
         names = next(iter(islice(dataset, 1)), ())
     return TEACHER_POSITIONS in names
+
+
+def _on_the_first_machine(
+    timings: Sequence[Timing], beside: Sequence[Timing], first: Sequence[Timing]
+) -> tuple[Timing, ...]:
+    """A baseline's times, had the machine been as fast as when the first models were timed.
+
+    Args:
+        timings: of the baseline.
+        beside: of the teacher that took turns with it.
+        first: of the teacher among the first. A cell that is not in both teachers' grids is left as it is.
+    """
+    now, before = ({(each.batch_size, each.length): each.p50_ms for each in grid} for grid in (beside, first))
+    found = []
+    for each in timings:
+        cell = (each.batch_size, each.length)
+        pace = before[cell] / now[cell] if before.get(cell) and now.get(cell) else 1.0
+        found.append(
+            replace(
+                each,
+                p50_ms=each.p50_ms * pace,
+                p95_ms=each.p95_ms * pace,
+                rows_per_second=each.rows_per_second / pace,
+            )
+        )
+    return tuple(found)
+
+
+def _noted(result: ModelResult, *notes: str | None) -> ModelResult:
+    return replace(result, note=" ".join(filter(None, notes)) or None)
 
 
 def _failure(what: str, error: Exception) -> str:

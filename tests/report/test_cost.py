@@ -1,6 +1,7 @@
 """Parameters, bytes on disk and the grid of times, each against what is counted by other means."""
 
 import functools
+import itertools
 import statistics
 import time
 
@@ -15,7 +16,7 @@ from torch import nn
 
 from hf_distill.models.heads import context_length
 from hf_distill.models.modules import DistillationModules, StudentHook, attach
-from hf_distill.report.cost import measure_cost, parameter_count, saved_bytes
+from hf_distill.report.cost import Runner, measure_cost, measure_latencies, parameter_count, saved_bytes
 
 
 def tokens(batch_size, length):
@@ -70,6 +71,61 @@ def test_the_grid_is_run_cell_by_cell_then_its_largest_cell_then_one_long_row(cl
     assert [(timing.batch_size, timing.length) for timing in cost.timings] == cells
     assert model.shapes == [cell for cell in cells for _ in range(3)] + [(3, 6), (1, 6)]
     assert not any(model.modes)
+
+
+def test_a_machine_that_slows_down_makes_no_model_of_several_look_slower(monkeypatch):
+    looks = itertools.accumulate(1.002**number for number in itertools.count())  # each a little longer than the last
+    monkeypatch.setattr(time, "perf_counter", lambda: next(looks))
+    options = {"batch_sizes": (1, 2), "repeats": 30, "warm_up": 5}
+    equals = [Runner(Clocked([]), tokens, (4, 6)) for _ in range(3)]
+    for cell in zip(*measure_latencies(equals, **options), strict=True):
+        assert [timing.repeats for timing in cell] == [30] * 3
+        assert [timing.p50_ms for timing in cell] == pytest.approx([cell[0].p50_ms] * 3, rel=0.01)
+        assert [timing.p95_ms for timing in cell] == pytest.approx([cell[0].p95_ms] * 3, rel=0.05)
+    first, second = (measure_latencies([one], **options)[0][0] for one in equals[:2])
+    assert second.p50_ms > 1.5 * first.p50_ms
+
+
+def test_what_the_model_before_left_in_the_caches_is_not_timed(monkeypatch):
+    ran, clock = [], [0.0]
+
+    class Cached(Clocked):
+        def forward(self, input_ids):
+            clock[0] += 2.0 if ran[-1:] == [self] else 50.0
+            ran.append(self)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    models = [Cached([]), Cached([])]
+    runners = [Runner(model, tokens, (4,)) for model in models]
+    for (timing,) in measure_latencies(runners, batch_sizes=(3,), repeats=12, warm_up=2):
+        assert (timing.p50_ms, timing.p95_ms, timing.repeats, timing.rows_per_second) == (2000, 2000, 12, 1.5)
+    changes = sum(one is not other for one, other in itertools.pairwise(ran))
+    assert changes >= 4
+    assert [ran.count(model) for model in models] == [2 + 12 + 3] * 2  # one a turn is not timed
+
+
+def test_a_model_that_fails_in_a_cell_leaves_the_others_their_times():
+    class Small(Clocked):
+        def forward(self, input_ids):
+            if input_ids.numel() > 12:
+                raise RuntimeError("out of memory")
+            return super().forward(input_ids)
+
+    small, large = Small([]), Clocked([])
+    failed, timings = measure_latencies(
+        [Runner(small, tokens, (4, 6)), Runner(large, tokens, (4, 6))], batch_sizes=(2, 3, 4), repeats=2, warm_up=0
+    )
+    assert str(failed) == "out of memory"
+    assert small.shapes == [*[(2, 4)] * 3, *[(2, 6)] * 3, *[(3, 4)] * 3]
+    assert [(timing.batch_size, timing.length) for timing in timings] == [
+        (rows, length) for rows in (2, 3, 4) for length in (4, 6)
+    ]
+
+
+def test_a_length_that_one_model_cannot_read_is_timed_for_the_other():
+    runners = [Runner(make().eval(), tokens, (8, 65)) for make in (tiny.bert, functools.partial(Clocked, []))]
+    short, both = measure_latencies(runners, batch_sizes=(1,), repeats=1, warm_up=0)
+    assert [[timing.length for timing in own] for own in (short, both)] == [[8], [8, 65]]
 
 
 def test_inputs_of_one_size_have_no_length():

@@ -2,8 +2,10 @@
 
 import copy
 import gc
+import itertools
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 
 from hf_distill.models.heads import context_length
 from hf_distill.report.baselines import BASELINES
+from hf_distill.report.derived import grid, speed_up
 from hf_distill.report.live import report_of
 from hf_distill.report.results import Report
 from tests.report.quick import quick
@@ -85,6 +88,63 @@ def test_a_baseline_is_gone_before_the_next_is_made(registered):
     report = quick(teacher, student, rows("sequence"), baselines=("one", "two", "three"))
     assert [model.note for model in report.models[2:]] == ["as it was"] * 3
     assert at_once == [0, 0, 0]
+
+
+def test_a_baseline_whose_times_cannot_be_taken_is_gone_before_the_next_is_made(registered):
+    made, at_once = [], []
+
+    def own(model):
+        at_once.append(sum(each() is not None for each in made))
+        made.append(weakref.ref(model))
+        passes = iter(range(3))  # of an example, and of the rows
+
+        def tire(*_):
+            if next(passes, None) is None:
+                raise RuntimeError("no more")
+
+        model.register_forward_pre_hook(tire)
+        return model, "tired"
+
+    for name in ("one", "two", "three"):
+        registered(name, own)
+    student, teacher = pair("bert")
+    gc.collect()
+    gc.disable()  # what is dropped is gone at once, not when a collector comes by
+    try:
+        report = quick(teacher, student, rows("sequence"), baselines=("one", "two", "three"))
+    finally:
+        gc.enable()
+    assert [model.note for model in report.models[2:]] == ["tired What it costs could not be measured: no more."] * 3
+    assert at_once == [0, 0, 0]
+
+
+def test_equal_models_are_equally_fast_on_a_machine_that_slows_down(monkeypatch):
+    _, teacher = pair("bert")
+    equals = [copy.deepcopy(teacher) for _ in range(2)]
+    looks = itertools.accumulate(1.002**number for number in itertools.count())  # each a little longer than the last
+    monkeypatch.setattr(time, "perf_counter", lambda: next(looks))
+    report = quick(
+        teacher, equals[0], rows("sequence"), undistilled=equals[1], baselines=("pruned", "low_rank"),
+        batch_sizes=(1, 3), lengths=(6,), repeats=20, warm_up=2,
+    )  # fmt: skip
+    times = grid(report.model("teacher"))
+    assert times[3, 6].p50_ms > 1.2 * times[1, 6].p50_ms
+    for model in report.models:
+        for cell, timing in grid(model).items():
+            assert speed_up(report, model, cell) == pytest.approx(1, rel=0.02), (model.name, cell)
+            assert timing.p95_ms == pytest.approx(times[cell].p95_ms, rel=0.1)
+            assert timing.rows_per_second == pytest.approx(1000 * cell[0] / timing.p50_ms)
+    assert len(report.models) == 5
+
+
+def test_a_metric_that_there_is_not_is_refused_before_anything_is_timed():
+    student, teacher = pair("bert")
+    asked = []
+    handle = student.register_forward_hook(lambda *_: asked.append(1))
+    with pytest.raises(ValueError, match="metric='acuracy' is none of the scores"):
+        quick(teacher, student, rows("sequence"), metric="acuracy")
+    handle.remove()
+    assert asked == []
 
 
 def test_no_note_tells_where_anything_lies_on_the_machine(registered):
