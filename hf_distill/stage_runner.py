@@ -56,18 +56,25 @@ class StageRunner:
     def rehearse(self, stages: Sequence[Stage]) -> None:
         """Makes every stage's trainer once, which checks its terms against its models and data, and trains nothing.
 
+        Of a run that is pushed it makes the repository, as every `Trainer` does that pushes: who may not is told now.
+
         Raises:
             ValueError: what the trainer raises, with the stage's name.
+            HfHubHTTPError: the Hub refuses the repository.
         """
         begins_with = self._student
         for number, stage in enumerate(stages, 1):
             args, previous = stage_arguments(self._args, stage, number), self._student
             with named(stage):
                 self._choose_student(stage, args)
-                self._student = self._make_trainer(stage, args, previous).model
+                trainer = self._make_trainer(stage, args, previous)
+            self._student = trainer.model
             if number == 1 and stage.student is None:
                 begins_with = self._student  # loaded now, if it was a name
         self._student = begins_with
+        if self._args.push_to_hub:
+            trainer.args = self._args  # the run's repository: the stages push none
+            trainer.init_hf_repo()
 
     def run(self, number: int, stage: Stage, *, is_last: bool) -> None:
         """Trains a stage, or takes its student from where it was saved; numbers count from 1."""

@@ -1,6 +1,8 @@
 """`hf-distill`: one file a command, loaded when it is asked for; `--help` loads no torch."""
 
 import argparse
+import dis
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -10,6 +12,8 @@ import hf_distill
 # Each is a module of this package with DESCRIPTION, `add_arguments(parser)` and `run(arguments)`, which itself imports
 # what is heavy. One with TAKES_MORE gets the options that are not its own as `arguments.more`.
 COMMANDS = ("train", "student", "generate", "report", "card", "presets")
+# What libraries raise for files, connections and memory, by name: the classes take seconds to import.
+_OF_LIBRARIES = {"SafetensorError", "DatasetsError", "HTTPError", "OutOfMemoryError"}
 _REMEDIES = {"generate": "; repeat the command to go on", "train": "; repeat the command with --resume to go on"}
 
 
@@ -35,8 +39,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command.
 
     Returns: 0; 1 where it failed; 2 (by argparse, which exits) where the arguments are wrong; 130 where it was
-    stopped.
+    stopped; 141 where nobody reads its output any more (`| head`).
     """
+    try:
+        try:
+            return _run(argv)
+        finally:
+            print(end="", flush=True)  # else the interpreter flushes at its end, and complains where it cannot
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments, more = parser.parse_known_args(argv)
     if more and not arguments.takes_more:
@@ -44,10 +59,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.more = more
     try:
         arguments.run(arguments)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        if arguments.debug:
+    except Exception as error:
+        if isinstance(error, BrokenPipeError):
+            print(flush=True)  # raises again if it is the output that breaks
+        if arguments.debug or not _is_for_users(error):
             raise
-        print(f"hf-distill {arguments.command}: {error}", file=sys.stderr)
+        print(f"hf-distill {arguments.command}: {_said(error)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         if arguments.debug:
@@ -56,6 +73,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"hf-distill {arguments.command}: stopped{remedy}", file=sys.stderr)
         return 130
     return 0
+
+
+def _is_for_users(error: Exception) -> bool:
+    """Whether an error says what is wrong with what was given; a bug of ours is told with its traceback."""
+    if isinstance(error, KeyError):
+        return " " in _said(error)  # a sentence, and not a key that was looked up
+    if isinstance(error, TypeError):
+        # Not an operation on something that it cannot be done with, but options that go to a function as they are.
+        return _was_raised(error) or "unexpected keyword argument" in str(error)
+    names = {cls.__name__ for cls in type(error).__mro__}
+    return isinstance(error, ValueError | OSError | ImportError) or not names.isdisjoint(_OF_LIBRARIES)
+
+
+def _was_raised(error: Exception) -> bool:
+    """Whether a `raise` made the error."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    return last is not None and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+
+
+def _said(error: Exception) -> str:
+    # As text, a KeyError has its message in quotes.
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return text or type(error).__name__
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "hf-distill presets [show NAME]"
     parser.add_argument("action", nargs="?", choices=("show",), help="show one; without it all are listed")
     parser.add_argument("name", nargs="?", metavar="NAME", help="of the preset to show")
+    parser.set_defaults(refuse=parser.error)
 
 
 def run(arguments: argparse.Namespace) -> None:
@@ -32,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
             print(f"{name:{width}}  {values['title']} ({values['paper']})")
         return
     if arguments.name is None:
-        raise ValueError(f"show needs a name. Known: {', '.join(names)}.")
+        arguments.refuse(f"show lacks the NAME of a preset. Known: {', '.join(names)}.")
     if arguments.name not in names:
         near = difflib.get_close_matches(arguments.name.casefold(), names, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""

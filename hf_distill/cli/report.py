@@ -62,6 +62,10 @@ def run(arguments: argparse.Namespace) -> None:
     """
     from hf_distill.recipes.progress import quiet_libraries
     from hf_distill.recipes.recipe import TASKS, DataPart, Recipe, StudentPart, TeacherPart
+    from hf_distill.recipes.values import check_folder
+
+    if arguments.output_dir is not None:
+        check_folder(arguments.output_dir, "--output_dir")
 
     if arguments.task is not None:
         from hf_distill.config.checks import check_choice

@@ -25,6 +25,7 @@ def _keys() -> str:
     lines = [
         "--KEY VALUE changes the recipe: any field of DistillationTrainingArguments (--learning_rate 1e-4), or one of",
         "these keys (--student.layers 3). Values are YAML: --data.columns '{text: sentence}'.",
+        "All keys and fields with their defaults are in docs/options.md.",
         "",
     ]
     for name, hint in get_type_hints(Recipe).items():

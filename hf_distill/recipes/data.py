@@ -56,7 +56,22 @@ class Prepared:
     is_lazy: bool
 
 
-def split_rows(data: DataPart) -> tuple[Dataset, Dataset | None]:
+@dataclass(frozen=True)
+class Split:
+    """Rows as they were written.
+
+    Attributes:
+        train: to train on.
+        eval: to evaluate on; None where there are none.
+        is_held_out: whether `eval` was taken out of the split to train on, for want of others.
+    """
+
+    train: Dataset
+    eval: Dataset | None
+    is_held_out: bool = False
+
+
+def split_rows(data: DataPart) -> Split:
     """The rows to train on and to evaluate on, as they were written.
 
     Raises:
@@ -64,37 +79,28 @@ def split_rows(data: DataPart) -> tuple[Dataset, Dataset | None]:
     """
     train_split = data.train_split or "train"
     if data.eval is not None:
-        return load_rows(data.train, train_split, data.config), eval_rows(data)
+        return Split(load_rows(data.train, train_split, data.config), eval_rows(data))
     if data.eval_split is not None:
-        both = (load_rows(data.train, split, data.config) for split in (train_split, data.eval_split))
-        train, held_out = both
-        return train, held_out
+        return Split(*(load_rows(data.train, split, data.config) for split in (train_split, data.eval_split)))
     splits = load_splits(data.train, data.config)
     train = load_rows(data.train, train_split, data.config) if train_split not in splits else splits[train_split]
     name = _own_split(data, splits)
     if name is not None:
-        return train, splits[name]
+        return Split(train, splits[name])
     if data.test_fraction == 0:
-        return train, None
+        return Split(train, None)
     if len(train) < 2:
         raise ValueError(
             f"{data.train} has {len(train)} row, of which none can be held out to evaluate on. Set data.eval, or "
             "data.test_fraction: 0."
         )
     halves = train.train_test_split(test_size=data.test_fraction, seed=0)
-    return halves["train"], halves["test"]
+    return Split(halves["train"], halves["test"], is_held_out=True)
 
 
 def _own_split(data: DataPart, splits: DatasetDict) -> str | None:
     """The split to evaluate on where none is named."""
     return next((name for name in _HELD_OUT if name in splits and name != data.train_split), None)
-
-
-def is_held_out(data: DataPart) -> bool:
-    """Whether the rows to evaluate on are some of the split to train on, for want of others."""
-    if data.eval is not None or data.eval_split is not None:
-        return False
-    return _own_split(data, load_splits(data.train, data.config)) is None
 
 
 def eval_rows(data: DataPart) -> Dataset:

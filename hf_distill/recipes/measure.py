@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from hf_distill.arguments import DistillationTrainingArguments
-from hf_distill.recipes.data import eval_rows, is_held_out, metrics_of, prepare, text_length
+from hf_distill.recipes.data import eval_rows, metrics_of, prepare, text_length
 from hf_distill.recipes.models import named, with_processors
 from hf_distill.recipes.recipe import DataPart, Recipe
 from hf_distill.report import make_report
@@ -58,8 +58,13 @@ def report_of_recipe(recipe: Recipe, options: Mapping[str, Any]) -> Report:
     )
 
 
-def data_name(data: DataPart) -> str:
-    """What the rows to evaluate on are called, without where they lie."""
+def data_name(data: DataPart, *, is_held_out: bool = False) -> str:
+    """What the rows to evaluate on are called, without where they lie.
+
+    Args:
+        data: where they come from.
+        is_held_out: whether they are some of the split to train on.
+    """
     source = data.train if data.eval is None else data.eval
     name = Path(source).name if Path(source).exists() else source
-    return f"{name}, held out" if is_held_out(data) else name
+    return f"{name}, held out" if is_held_out else name

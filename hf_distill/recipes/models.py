@@ -1,11 +1,13 @@
 """The models of a recipe, and what reads their inputs."""
 
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from peft import LoraConfig
+from safetensors import SafetensorError
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer, set_seed
 
 from hf_distill.alignment import is_unnamed
@@ -18,6 +20,10 @@ _PROCESSORS: dict[str, Any] = {
     "image-classification": AutoImageProcessor,
     "audio-classification": AutoFeatureExtractor,
 }
+
+
+# What loading raises where files are damaged, or do not go together.
+_OF_FILES = (OSError, RuntimeError, LookupError, EOFError, pickle.UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,9 @@ def named(key: str, name: str) -> Iterator[None]:
     """Errors of the libraries within say what was to be loaded."""
     try:
         yield
-    except OSError as error:
-        raise ValueError(f"{key}={name!r} could not be loaded: {error}") from error
+    except _OF_FILES as error:
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise ValueError(f"{key}={name!r} could not be loaded: {kind}{error}") from error
 
 
 def read_layers(value: Any) -> Any:

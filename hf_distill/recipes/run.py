@@ -13,18 +13,20 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_distill.arguments import Seq2SeqDistillationTrainingArguments
 from hf_distill.lineage import Lineage
 from hf_distill.models.student.report import count_parameters
+from hf_distill.recipes.checkpoints import check_checkpoint
 from hf_distill.recipes.data import metrics_of, prepare, split_rows
 from hf_distill.recipes.measure import data_name
 from hf_distill.recipes.models import Models, adapters, load_models
 from hf_distill.recipes.progress import TrainingProgress, quiet_libraries
 from hf_distill.recipes.reading import stages_of
 from hf_distill.recipes.recipe import Recipe
-from hf_distill.stage_plan import Stage, plan_stages
+from hf_distill.recipes.values import check_folder
+from hf_distill.stage_plan import STAGES_FOLDER, Stage, plan_stages
 from hf_distill.stage_runner import StageRunner
 from hf_distill.stages import preset_stages, run_stages
 from hf_distill.trainer import DistillationTrainer, Seq2SeqDistillationTrainer
@@ -72,8 +74,10 @@ def run_recipe(
         arguments = dict(recipe.arguments)
         if "output_dir" not in arguments:
             raise ValueError("arguments.output_dir is missing: the folder for the student.")
-        if dry_run:
-            arguments["output_dir"] = stack.enter_context(tempfile.TemporaryDirectory())
+        check_folder(arguments["output_dir"], "arguments.output_dir")
+        if dry_run:  # leaves no repository on the Hub either
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+            arguments |= {"output_dir": folder, "push_to_hub": False}
         # Short trainings would end before Trainer's 500 steps to their first log, and have no losses to show.
         defaults = {
             "disable_tqdm": True,
@@ -102,9 +106,10 @@ class _Job:
             )
         with args.main_process_first(desc="reading the rows"):
             rows = split_rows(recipe.data)
-        if recipe.report_options is not None and rows[1] is None:
+        if recipe.report_options is not None and rows.eval is None:
             raise ValueError("report measures on rows to evaluate on, and there are none. Set data.eval.")
-        data = prepare(*rows, recipe.data, models, args)
+        self._data_name = data_name(recipe.data, is_held_out=rows.is_held_out)
+        data = prepare(rows.train, rows.eval, recipe.data, models, args)
         if data.is_lazy:
             args.remove_unused_columns = False
         self._train_dataset = data.train
@@ -132,8 +137,13 @@ class _Job:
         args, metrics = self._args, {}
         folder = Path(args.output_dir)
         if self._recipe.stages is not None:
+            stages = self._stages()
+            if resume and stages[0].student is None:
+                first = folder / STAGES_FOLDER / f"1-{stages[0].name}"
+                for place in (first, *sorted(first.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))):
+                    check_checkpoint(self._models.student, place)
             run = run_stages(
-                self._stages(),
+                stages,
                 model=self._models.student,
                 args=args,
                 teacher_model=self._models.teacher,
@@ -146,6 +156,8 @@ class _Job:
         else:
             trainer = self._trainer()
             checkpoint = self._checkpoint(folder) if resume else args.resume_from_checkpoint
+            if checkpoint and not trainer.is_deepspeed_enabled:  # ZeRO 3 leaves parameters empty
+                check_checkpoint(trainer.model, Path(checkpoint))
             done = trainer.train(resume_from_checkpoint=checkpoint)
             metrics = dict(done.metrics)
             trainer.save_model()
@@ -169,7 +181,7 @@ class _Job:
         if options is None:
             return None, None
         try:
-            return trainer.report(**{"data_name": data_name(self._recipe.data), **options}), None
+            return trainer.report(**{"data_name": self._data_name, **options}), None
         except ValueError as error:
             return None, error
 

@@ -1,8 +1,10 @@
 """Values as YAML and the command line give them, made into what a field takes."""
 
+import os
 import types
 from collections.abc import Mapping, Sequence
 from enum import Enum
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 from hf_distill.config.checks import check_choice
@@ -51,6 +53,22 @@ def converted(value: Any, hint: Any, where: str) -> Any:
         return value
     expected = " or ".join(dict.fromkeys(_WORDS[kind] for kind in kinds if kind in _WORDS))
     raise ValueError(f"{where}={value!r}, expected {expected}.")
+
+
+def check_folder(folder: str | os.PathLike, where: str) -> None:
+    """Refuses a folder to write to that is a file, or that would be below one.
+
+    Args:
+        folder: may be missing.
+        where: what it is called, for the error.
+
+    Raises:
+        ValueError: with the file.
+    """
+    path = Path(folder).expanduser()
+    taken = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
+    if taken is not None:
+        raise ValueError(f"{where}={str(folder)!r}, but {taken} is a file. Name a folder, which may be new.")
 
 
 def _as_one_of(value: Any, kinds: Mapping[Any, Any]) -> Any:

@@ -52,12 +52,20 @@ def test_what_is_shown_can_be_copied_and_says_the_same_as_the_preset(name, capsy
     [
         (["tinybrt"], "'tinybrt' is unknown. Did you mean 'tinybert'?"),
         (["TinyBERT"], "'TinyBERT' is unknown. Did you mean 'tinybert'?"),
-        ([], "show needs a name. Known: akl,"),
     ],
 )
 def test_a_preset_that_is_not_there_is_refused(words, complaint, capsys):
     assert main(["presets", "show", *words]) == 1
     assert complaint in capsys.readouterr().err
+
+
+def test_show_without_a_name_says_what_is_missing_and_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["presets", "show"])
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("usage: hf-distill presets [show NAME]")
+    assert f"show lacks the NAME of a preset. Known: {', '.join(preset_names())}." in printed
 
 
 def test_presets_are_listed_and_shown_without_torch():

@@ -86,8 +86,8 @@ def splits_of(folder, **parts):
 
 
 def sizes(data):
-    train, held_out = split_rows(data)
-    return len(train), None if held_out is None else len(held_out)
+    rows = split_rows(data)
+    return len(rows.train), None if rows.eval is None else len(rows.eval)
 
 
 def test_rows_to_evaluate_on_are_those_that_are_named_or_a_split_or_held_out(tmp_path):
@@ -102,7 +102,8 @@ def test_rows_to_evaluate_on_are_those_that_are_named_or_a_split_or_held_out(tmp
     assert sizes(replace(alone, test_fraction=0.0)) == (20, None)
     assert sizes(replace(alone, eval=whole.train)) == (20, 3)
     assert sizes(replace(alone, eval=whole.train, eval_split="dev")) == (20, 4)
-    assert [part["n"] for part in split_rows(alone)] == [part["n"] for part in split_rows(alone)]
+    first, second = split_rows(alone), split_rows(alone)
+    assert [first.train["n"], first.eval["n"]] == [second.train["n"], second.eval["n"]]
     assert sizes(replace(whole, train_split="train[:10]")) == (10, 3)
     with pytest.raises(ValueError, match="has 1 row, of which none can be held out"):
         split_rows(splits_of(tmp_path / "d", train=1))
@@ -110,9 +111,13 @@ def test_rows_to_evaluate_on_are_those_that_are_named_or_a_split_or_held_out(tmp
 
 def test_a_report_names_the_rows_it_is_of(tmp_path):
     whole, alone = splits_of(tmp_path / "a", train=20, test=3), splits_of(tmp_path / "b", train=20)
-    assert data_name(replace(alone, eval=whole.train)) == "a"
-    assert data_name(whole) == "a"
-    assert data_name(alone) == "b, held out"
+    for data, name in (
+        (replace(alone, eval=whole.train), "a"),
+        (whole, "a"),
+        (replace(whole, eval_split="test"), "a"),
+        (alone, "b, held out"),
+    ):
+        assert data_name(data, is_held_out=split_rows(data).is_held_out) == name
     assert data_name(DataPart(train="org/texts", eval_split="dev")) == "org/texts"
 
 

@@ -68,6 +68,7 @@ def test_text_for_a_language_model_is_tokenised(tmp_path, capsys):
         (["--columns", "text=sentence", "--split", "dev"], "no split 'dev'"),
         (["--columns", "text=sentence", "--metric", "f2"], "f2"),
         (["--columns", "text=sentence", "--device", "gpu"], "device='gpu' is no device"),
+        (["--columns", "text=sentence", "--output_dir", __file__], f"--output_dir='{__file__}', but {__file__} is a"),
         (["--columns", "text=sentence", "--task", "fill-mas"], "Did you mean 'fill-mask'?"),
         (
             ["--columns", "text=sentence", "--student", "nowhere/at-all"],

@@ -10,6 +10,7 @@ import transformers as hf
 from rich.console import Console
 from safetensors.torch import load_file
 
+from hf_distill import sources
 from hf_distill.cli.main import main
 from hf_distill.recipes.models import read_layers
 from hf_distill.recipes.reading import read_recipe
@@ -159,6 +160,94 @@ def test_an_error_is_one_message_without_a_traceback_before_the_first_step(more,
     assert complaint in printed
     assert "Traceback" not in printed
     assert "step 1/2" not in printed
+
+
+@pytest.mark.parametrize("flags", [[], ["--dry_run"], ["--resume"]])
+@pytest.mark.parametrize("place", ["texts.csv", "texts.csv/below"])
+def test_a_folder_for_the_student_that_is_a_file_is_refused_before_anything_is_loaded(flags, place, tmp_path, capsys):
+    (tmp_path / "texts.csv").write_text("text\na\n", encoding="utf-8")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: nowhere/t\nstudent: nowhere/s\ndata: nowhere.csv", encoding="utf-8")
+    assert main(["train", str(recipe), "--output_dir", str(tmp_path / place), *flags]) == 1
+    complaint = f"arguments.output_dir='{tmp_path / place}', but {tmp_path / 'texts.csv'} is a file. Name a folder"
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_dry_run_makes_no_repository(tmp_path, monkeypatch):
+    made = []
+    monkeypatch.setattr(hf.Trainer, "init_hf_repo", lambda *arguments, **options: made.append(1))
+    for name in ("text_classification", "two_stages"):
+        (tmp_path / name).mkdir()
+        assert train(tmp_path, name, CASES[name](tmp_path / name), "--dry_run", push_to_hub="true") == 0
+    assert not made
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (
+            {"student.intermediate_size": "16"},
+            "bert.encoder.layer.0.intermediate.dense.weight is (64, 32) there and (16, 32) here; "
+            "bert.encoder.layer.0.intermediate.dense.bias is (64,) there and (16,) here; "
+            "bert.encoder.layer.0.output.dense.weight is (32, 64) there and (32, 16) here; 3 more differ. ",
+        ),
+        ({"student.layers": "3"}, "bert.encoder.layer.2.attention.self.query.weight is not there and (32, 32) here"),
+        ({"student.layers": "1"}, "bert.encoder.layer.1.attention.output.LayerNorm.bias is (32,) there and not here"),
+        ({"student.lora": "{r: 2}"}, "base_model.model.bert.encoder.layer.0."),
+    ],
+)
+def test_a_checkpoint_of_another_student_is_refused(change, complaint, tmp_path, capsys):
+    changes = {**CASES["text_classification"](tmp_path), **QUICK, "student.layers": "2", "save_only_model": "true"}
+    changes |= {"save_strategy": "steps", "save_steps": "1"}
+    assert train(tmp_path, "text_classification", changes) == 0
+    capsys.readouterr()
+    assert train(tmp_path, "text_classification", {**changes, **change}, "--resume") == 1
+    printed = capsys.readouterr().err
+    assert f"{tmp_path / 'out' / 'checkpoint-2'} is of another student than the recipe's: " in printed
+    assert complaint in printed
+    assert "begin in another arguments.output_dir" in printed
+    assert "size mismatch" not in printed
+
+
+def test_adapters_and_stages_of_another_shape_are_refused(tmp_path, capsys):
+    changes = {**CASES["two_stages"](tmp_path), **QUICK, "save_strategy": "no"}
+    assert train(tmp_path, "two_stages", changes) == 0
+    wider = {**changes, "student": "{layers: 2, hidden_size: 24, heads: 4}"}
+    assert train(tmp_path, "two_stages", wider, "--resume") == 1
+    assert "_stages/1-" in (printed := capsys.readouterr().err)
+    assert "bert.embeddings.word_embeddings.weight is (" in printed
+    assert train(tmp_path, "two_stages", changes, "--resume") == 0
+    adapted = {"student": "{name: " + changes["teacher"] + ", lora: {r: 2}}", "output_dir": str(tmp_path / "adapters")}
+    adapted = {**changes, **adapted, "stages": "null", "save_strategy": "steps", "save_steps": "1"}
+    assert train(tmp_path, "two_stages", adapted, output_dir=adapted["output_dir"]) == 0
+    adapted["student"] = adapted["student"].replace("r: 2", "r: 3")
+    assert train(tmp_path, "two_stages", adapted, "--resume", output_dir=adapted["output_dir"]) == 1
+    assert "lora_A.weight is (2, 32) there and (3, 32) here; " in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_named(tmp_path, capsys):
+    changes = {**CASES["text_classification"](tmp_path), **QUICK, "save_strategy": "steps", "save_steps": "1"}
+    assert train(tmp_path, "text_classification", changes) == 0
+    weights = tmp_path / "out" / "checkpoint-2" / "model.safetensors"
+    weights.write_bytes(b"no tensors")
+    assert train(tmp_path, "text_classification", changes, "--resume") == 1
+    assert f"{weights} is damaged (" in capsys.readouterr().err
+
+
+def test_damaged_weights_of_a_teacher_are_named(tmp_path, capsys):
+    changes = CASES["text_classification"](tmp_path)
+    (tmp_path / "t" / "model.safetensors").write_bytes(b"no tensors")
+    assert train(tmp_path, "text_classification", changes) == 1
+    assert f"teacher.name='{tmp_path / 't'}' could not be loaded: SafetensorError: " in capsys.readouterr().err
+
+
+def test_a_report_on_rows_held_out_reads_them_once(tmp_path, monkeypatch):
+    changes, read = CASES["masked_language_model"](tmp_path), []
+    load = sources._load
+    monkeypatch.setattr(sources, "_load", lambda *given, **options: read.append(given) or load(*given, **options))
+    report = "{baselines: [], batch_sizes: [1], lengths: [8], repeats: 1, warm_up: 0}"
+    assert train(tmp_path, "masked_language_model", changes, report=report, card="false") == 0
+    assert len(read) == 1
 
 
 def test_a_recipe_without_a_folder_for_the_student_is_refused(tmp_path, capsys):

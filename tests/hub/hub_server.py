@@ -69,9 +69,9 @@ class Repo:
 class HubError(Exception):
     """An answer of the Hub that is no success."""
 
-    def __init__(self, status: int, message: str, code: str = "") -> None:
+    def __init__(self, status: int, message: str, code: str = "", **more: str) -> None:
         super().__init__(message)
-        self.status, self.code = status, code
+        self.status, self.code, self.more = status, code, more
 
 
 def oid_of(path: str, content: bytes) -> str:
@@ -117,7 +117,7 @@ class Hub:
         name = f"{owner}/{body['name']}"
         url = f"{self.url}/{name}"
         if name in self.repos:
-            raise HubError(409, f"You already created this model repo: {url}")
+            raise HubError(409, "You already created this model repo", url=url)
         self.repos[name] = repo = Repo(private=body.get("visibility") == "private")
         repo.add("initial commit", "main", {}, ())
         return {"url": url, "name": name, "id": name}
@@ -290,7 +290,7 @@ class Handler(BaseHTTPRequestHandler):
         try:
             status, content, headers = self.hub.answer(self.command, urlsplit(self.path).path, body, token)
         except HubError as refusal:
-            content = json.dumps({"error": str(refusal)}).encode()
+            content = json.dumps({"error": str(refusal), **refusal.more}).encode()
             status, headers = refusal.status, {"X-Error-Code": refusal.code, "X-Error-Message": str(refusal)}
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():

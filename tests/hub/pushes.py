@@ -190,8 +190,11 @@ def forbidden(folder):
 
 
 def forbidden_stages(folder):
-    """Stages whose last student may not be pushed where it should; then somewhere else, without training."""
-    return {"error": failing(lambda: stages(folder, "theirs/stages")), **stages(folder, "me/again", resume=True)}
+    """Stages that may not have their repository; and such whose student may not be pushed, then pushed elsewhere."""
+    refused = failing(lambda: stages(folder / "refused", "theirs/stages"))
+    trained = (folder / "refused" / "lineage.json").exists()
+    error = failing(lambda: stages(folder, "me/forbidden_stages"))
+    return {"refused": refused, "trained": trained, "error": error, **stages(folder, "me/again", resume=True)}
 
 
 def flaky(folder):

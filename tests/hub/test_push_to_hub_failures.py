@@ -13,6 +13,7 @@ def test_a_push_that_fails_says_why_and_loses_nothing(tmp_path, subtests):
     with running() as hub:
         hub.failures = {
             "POST /api/models/me/forbidden/commit/": [403],
+            "POST /api/models/me/forbidden_stages/commit/": [403],
             "POST /api/models/me/flaky/preupload/": [500],
             "POST /api/models/me/flaky/commit/": [500],
         }
@@ -32,6 +33,11 @@ def test_a_push_that_fails_says_why_and_loses_nothing(tmp_path, subtests):
         assert "403 Forbidden" in left["forbidden"]["errors"][1]
         assert "theirs" in left["forbidden"]["errors"][1]
         assert "theirs/forbidden" not in hub.repos
+    with subtests.test("403 before the stages"):
+        assert "403 Forbidden" in left["forbidden_stages"]["refused"]
+        assert "theirs" in left["forbidden_stages"]["refused"]
+        assert "theirs/stages" not in hub.repos
+        assert not left["forbidden_stages"]["trained"]
     with subtests.test("403 after stages, whose student is pushed later without training"):
         assert "403 Forbidden" in left["forbidden_stages"]["error"]
         assert left["forbidden_stages"]["steps"] == 0
