@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from hf_distill.alignment import VocabularyOverlap, is_extension, label_order, ordered_classes, vocabulary_overlap
 from hf_distill.models.heads import find_task, input_names, task_model
-from hf_distill.shared_tokens import SharedTokens
+from hf_distill.shared_tokens import SharedTokens, cut_otherwise
 from hf_distill.signals import Task
 
 logger = logging.get_logger(__name__)
@@ -147,6 +147,11 @@ def pair_models(
     if vocabulary is not None and not vocabulary.is_whole:
         drops_tokens = vocabulary.student_only or vocabulary.teacher_only
         (logger.warning if drops_tokens else logger.info)(str(vocabulary))
+    has_own_ids = (
+        student_tokens is not None and teacher_tokens is not None and not is_extension(student_tokens, teacher_tokens)
+    )
+    if token_alignment == "none" and not has_own_ids:
+        _warn_of_other_cuts(_text_tokenizer(student_tokenizer), _text_tokenizer(teacher_tokenizer))
     return ModelPair(
         task=student_task,
         classes=None if vocabulary is None or vocabulary.is_whole or vocabulary.by_text else vocabulary.classes,
@@ -154,11 +159,19 @@ def pair_models(
         teacher_inputs=input_names(teacher),
         teacher_only_inputs=input_names(teacher) - input_names(student),
         problem_type=None if student_task is Task.EMBEDDING else _problem_type(student_config, teacher_config),
-        needs_teacher_inputs=shared_tokens is not None
-        or not (student_tokens is None or teacher_tokens is None or is_extension(student_tokens, teacher_tokens)),
+        needs_teacher_inputs=shared_tokens is not None or has_own_ids,
         vocabulary=vocabulary,
         shared_tokens=shared_tokens,
     )
+
+
+def _warn_of_other_cuts(student_tokenizer: Any | None, teacher_tokenizer: Any | None) -> None:
+    found = cut_otherwise(student_tokenizer, teacher_tokenizer)
+    if found is not None:
+        logger.warning(
+            f"Both tokenizers have the same ids, but they cut texts otherwise: {found}. The teacher reads the "
+            "student's tokens, which it was not trained on. Tokenise with the teacher's tokenizer, if the student can learn it."
+        )
 
 
 def _align_by_text(

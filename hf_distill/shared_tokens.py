@@ -13,6 +13,7 @@ from tokenizers.models import WordPiece
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+_TOKENS_OF_A_TEXT, _TEXTS = 3, 4000  # of a trial
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTE = re.compile("<0x[0-9A-F]{2}>")
 _BYTE_OF = {character: value for value, character in bytes_to_unicode().items()}
@@ -59,6 +60,33 @@ def _word_piece(token: str, *, prefix: str) -> bytes:
     # Punctuation and Chinese characters are split off whether a space precedes them or not.
     stands_apart = token[:1].isalnum() and unicodedata.east_asian_width(token[0]) not in "WF"
     return (" " + token if stands_apart else token).encode()
+
+
+def cut_otherwise(student_tokenizer: Any, teacher_tokenizer: Any) -> str | None:
+    """A text that two tokenizers of one vocabulary cut into other tokens, with both cuts; None where none was found.
+
+    The same ids mean the same text to both, but other merges, another normaliser or another way to split words give
+    other tokens for it. Tried are texts of a few tokens each, from all over the vocabulary.
+
+    Args:
+        student_tokenizer: of any kind; only fast ones are tried.
+        teacher_tokenizer: likewise, with the same ids for the tokens that both have.
+    """
+    own, other = (getattr(each, "backend_tokenizer", None) for each in (student_tokenizer, teacher_tokenizer))
+    if own is None or other is None or own is other:
+        return None
+    size = min(own.get_vocab_size(), other.get_vocab_size())
+    step = max(_TOKENS_OF_A_TEXT, size // _TEXTS)
+    texts = own.decode_batch([[*range(start, start + _TOKENS_OF_A_TEXT)] for start in range(0, size, step)])
+    cuts = (backend.encode_batch_fast(texts, add_special_tokens=False) for backend in (own, other))
+    for text, student, teacher in zip(texts, *cuts, strict=True):
+        if student.ids == teacher.ids:
+            continue
+        names = [[*map(own.id_to_token, cut.ids)] for cut in (student, teacher)]
+        # A token that one side alone has is no difference of the way to cut.
+        if names == [[*map(other.id_to_token, cut.ids)] for cut in (student, teacher)]:
+            return f"{text!r} is {names[0]} to the student's and {names[1]} to the teacher's"
+    return None
 
 
 @dataclass(frozen=True)

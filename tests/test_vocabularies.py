@@ -1,17 +1,21 @@
 """One tokenizer under heads of other sizes, or with tokens added on one side: what is compared, and what is told."""
 
+import json
 import logging
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import default_data_collator
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast, default_data_collator
 
 from hf_distill.alignment import VocabularyOverlap, vocabulary_overlap
 from hf_distill.pairing import pair_models
+from hf_distill.shared_tokens import cut_otherwise
 from tests import tiny
 from tests.tiny import VOCABULARY, rows
+from tests.tokenizers_of_text import byte_level, sentence_piece, word_piece
 from tests.training import logged, make_trainer
 
 PADDED = [(104, 120), (120, 104), (97, 128), (128, 97)]
@@ -166,3 +170,53 @@ def test_classes_tokens_and_padding_add_up_to_the_rows(tokens, added, padding, o
     for side, size in zip(("student", "teacher"), sizes, strict=True):
         assert found.classes + len(getattr(found, f"{side}_only")) + found.padding(side) == size
     assert found.classes == (tokens if added or sizes[0] != sizes[1] else sizes[0])
+
+
+def changed(made, change):
+    """A tokenizer with the same ids and something else about it."""
+    state = json.loads(made.backend_tokenizer.to_str())
+    change(state)
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(state)))
+
+
+@pytest.mark.parametrize("make", [byte_level, sentence_piece, word_piece])
+def test_one_tokenizer_loaded_twice_or_given_further_tokens_cuts_alike(make):
+    mine, theirs = make(), make()
+    assert cut_otherwise(mine, theirs) is None
+    theirs.add_tokens(["<think>", "e c"])
+    assert cut_otherwise(mine, theirs) is None
+    assert cut_otherwise(theirs, mine) is None
+
+
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (byte_level, lambda state: state["model"]["merges"].reverse()),
+        (sentence_piece, lambda state: state["model"]["merges"].reverse()),
+        (byte_level, lambda state: state.update(normalizer={"type": "Prepend", "prepend": "x"})),
+        (word_piece, lambda state: state["model"].update(max_input_chars_per_word=2)),
+    ],
+    ids=["merges of bytes", "merges", "normaliser", "long words"],
+)
+def test_the_same_ids_with_another_way_to_cut_are_told_by_a_text(make, change):
+    mine = make()
+    theirs = changed(mine, change)
+    assert mine.get_vocab() == theirs.get_vocab()
+    text = cut_otherwise(mine, theirs).split("' is ")[0].strip("'")
+    assert mine.tokenize(text) != theirs.tokenize(text)
+
+
+def test_what_has_no_backend_is_not_tried():
+    assert cut_otherwise(None, byte_level()) is None
+    assert cut_otherwise(byte_level(), object()) is None
+
+
+@pytest.mark.parametrize("alike", [True, False])
+def test_a_pair_whose_tokenizers_cut_texts_otherwise_is_told_once(alike, caplog):
+    mine = byte_level()
+    theirs = changed(mine, (lambda state: None) if alike else (lambda state: state["model"]["merges"].reverse()))
+    student, teacher = heads(len(mine), len(mine))
+    with caplog.at_level(logging.WARNING):
+        pair_models(student, teacher, student_tokenizer=mine, teacher_tokenizer=theirs)
+    told = [record.message for record in caplog.records if "cut texts otherwise" in record.message]
+    assert len(told) == (0 if alike else 1)

@@ -23,7 +23,7 @@ from hf_distill.generation.folder import AnswerFolder
 from hf_distill.generation.loading import load_writer, longest_prompt, tokenizer_fingerprint
 from hf_distill.generation.options import answer_config, writing_as
 from hf_distill.generation.progress_bar import ProgressBar
-from hf_distill.generation.prompts import Prompt, Prompts, choose_prompts, read_prompts
+from hf_distill.generation.prompts import Prompt, Prompts, Question, choose_prompts, read_prompts, with_template_kwargs
 from hf_distill.generation.writing import Answer, AnswerWriter
 from hf_distill.models.fingerprint import fingerprint
 
@@ -71,8 +71,9 @@ def generate_answers(
     """Writes a data set of the teacher's answers, which `datasets.load_dataset(output)` reads, and says what it holds.
 
     Its columns are `prompt`, `completion` and `finished` (whether the teacher ended the answer itself). Where a prompt
-    is a conversation, it is a list of messages, and so is its completion. A call that was cut off goes on when it is
-    repeated, on any number of processes, and ends with the same rows.
+    is a conversation, it is a list of messages, and so is its completion; the `tools` and `chat_template_kwargs` that
+    the chat template was given for it stand beside them. A call that was cut off goes on when it is repeated, on any
+    number of processes, and ends with the same rows.
 
     Args:
         teacher: a causal or an encoder-decoder language model, its Hub name or its folder. A module stays where it is.
@@ -95,14 +96,12 @@ def generate_answers(
         teacher, tokenizer, read_mapping("teacher_model_init_kwargs", teacher_model_init_kwargs), state.device
     )
     config = answer_config(model, tokenizer, arguments)
-    writer = AnswerWriter(
-        model, tokenizer, config, read_mapping("chat_template_kwargs", arguments.chat_template_kwargs)
-    )
+    writer = AnswerWriter(model, tokenizer, config)
     max_tokens = longest_prompt(model, arguments.max_new_tokens)
     with state.main_process_first():
         rows = read_prompts(prompts, split=arguments.split, dataset_config=arguments.dataset_config)
     chosen = choose_prompts(
-        rows,
+        with_template_kwargs(rows, read_mapping("chat_template_kwargs", arguments.chat_template_kwargs)),
         arguments.column,
         encode=writer.encode,
         max_tokens=max_tokens,
@@ -169,7 +168,7 @@ def _fill(
 
 
 def _answer(
-    part: list[Prompt], number: int, writer: AnswerWriter, arguments: GenerationArguments, progress: ProgressBar
+    part: list[Question], number: int, writer: AnswerWriter, arguments: GenerationArguments, progress: ProgressBar
 ) -> list[list[Answer]]:
     """The answers to each prompt of a part, which are the same whoever writes it and whatever came before."""
     ids = writer.encode(part)
@@ -180,7 +179,7 @@ def _answer(
         batch = order[start : start + arguments.batch_size]
         written = writer.write(
             [ids[i] for i in batch],
-            goes_on=isinstance(part[0], str),
+            goes_on=isinstance(part[0].prompt, str),
             seed=arguments.seed,
             number=number * arguments.save_steps + step,
         )
@@ -190,12 +189,12 @@ def _answer(
 
 
 def _kept(
-    part: list[Prompt], answers: list[list[Answer]], *, drop_unfinished: bool
+    part: list[Question], answers: list[list[Answer]], *, drop_unfinished: bool
 ) -> tuple[list[dict[str, Any]], dict[str, int]]:
     """The rows of a part, and its counts; prompts differ from each other, so that equal rows have the same one."""
     rows: list[dict[str, Any]] = []
     counts = dict.fromkeys(("answers", "unfinished", "dropped", "duplicates", "completion_tokens"), 0)
-    for prompt, written in zip(part, answers, strict=True):
+    for question, written in zip(part, answers, strict=True):
         texts: set[str] = set()
         for answer in written:
             counts["completion_tokens"] += answer.tokens
@@ -206,8 +205,9 @@ def _kept(
                 counts["duplicates"] += 1
             else:
                 texts.add(answer.text)
-                completion = answer.text if isinstance(prompt, str) else [_turn(answer.text)]
-                rows.append({"prompt": prompt, "completion": completion, "finished": answer.finished})
+                completion = answer.text if isinstance(question.prompt, str) else [_turn(answer.text)]
+                row = {"prompt": question.prompt, "completion": completion, "finished": answer.finished}
+                rows.append({**row, **question.beside})
     counts["answers"] = len(rows)
     return rows, counts
 
@@ -218,6 +218,8 @@ def _turn(text: str) -> dict[str, str]:
 
 def _features(prompts: Prompts) -> Features:
     conversation = List({name: Value("string") for name in _turn("")})
-    completion = Value("string") if isinstance(prompts.part(0, 1)[0], str) else conversation
-    prompt = prompts.rows.features[prompts.column]
-    return Features({"prompt": prompt, "completion": completion, "finished": Value("bool")})
+    (first,) = prompts.part(0, 1)
+    completion = Value("string") if isinstance(first.prompt, str) else conversation
+    features = prompts.rows.features
+    columns = {"prompt": features[prompts.column], "completion": completion, "finished": Value("bool")}
+    return Features({**columns, **{name: features[name] for name in first.beside}})

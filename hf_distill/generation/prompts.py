@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from datasets import Dataset
+from datasets import Dataset, Features, Json, concatenate_datasets
 
 from hf_distill.sources import load_rows
+from hf_distill.text.conversations import CHAT_COLUMNS, given_beside
 
 # A text, or a conversation: messages of {"role": ..., "content": ...}.
 Prompt = str | list[dict[str, Any]]
@@ -17,6 +18,28 @@ Prompt = str | list[dict[str, Any]]
 COLUMNS = ("prompt", "messages", "text")
 _ROWS_AT_A_TIME = 1000
 _ROWS_NAMED = 5
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt with what its row gives the chat template.
+
+    Attributes:
+        prompt: a text or a conversation.
+        beside: the row's `tools` and `chat_template_kwargs`, as they stand there; nothing beside a text.
+        number: of the row, for errors.
+    """
+
+    prompt: Prompt
+    beside: Mapping[str, Any]
+    number: int
+
+    @property
+    def digest(self) -> bytes:
+        """A hash of all that the teacher is asked."""
+        given = given_beside(self.beside)
+        asked = [self.prompt, given] if given else self.prompt
+        return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).digest()
 
 
 @dataclass(frozen=True)
@@ -38,10 +61,9 @@ class Prompts:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def part(self, start: int, stop: int) -> list[Prompt]:
+    def part(self, start: int, stop: int) -> list[Question]:
         """The prompts from `start` to before `stop`."""
-        prompts = (as_prompt(value) for value in self.rows[start:stop][self.column])
-        return [prompt for prompt in prompts if prompt is not None]
+        return [question for question in _questions(self.rows, self.column, start, stop) if question is not None]
 
 
 def read_prompts(
@@ -64,6 +86,22 @@ def read_prompts(
     return load_rows(source, split, dataset_config)
 
 
+def with_template_kwargs(rows: Dataset, given: Mapping[str, Any]) -> Dataset:
+    """The rows with variables for the chat template in a column, as those who read the answers need them too.
+
+    Args:
+        rows: the data set.
+        given: the variables; a row's own go before them.
+    """
+    if not given:
+        return rows
+    name = "chat_template_kwargs"
+    has_own = name in rows.column_names
+    own = (given_beside({name: cell}).get(name, {}) for cell in (rows[name] if has_own else [None] * len(rows)))
+    column = Dataset.from_dict({name: [{**given, **each} for each in own]}, features=Features({name: Json()}))
+    return concatenate_datasets([rows.remove_columns(name) if has_own else rows, column], axis=1)
+
+
 def as_prompt(value: Any) -> Prompt | None:
     """The prompt in a cell: a text, or a conversation without its last answer; None where there is nothing to answer.
 
@@ -84,7 +122,7 @@ def choose_prompts(
     rows: Dataset,
     column: str | None,
     *,
-    encode: Callable[[list[Prompt]], list[list[int]]],
+    encode: Callable[[list[Question]], list[list[int]]],
     max_tokens: int | None,
     skip_long_prompts: bool,
 ) -> Prompts:
@@ -107,15 +145,15 @@ def choose_prompts(
     whole = hashlib.sha256()
     counts = {"rows": len(rows), "empty": 0, "repeated": 0, "too_long": 0, "prompts": 0, "prompt_tokens": 0}
     for found in _once(rows, column, counts):
-        lengths = [len(ids) for ids in encode([prompt for _, _, prompt in found])]
-        for (row, digest, _), length in zip(found, lengths, strict=True):
+        lengths = [len(ids) for ids in encode(found)]
+        for question, length in zip(found, lengths, strict=True):
             if length == 0:
                 counts["empty"] += 1
             elif max_tokens is not None and length > max_tokens:
-                too_long.append((row, length))
+                too_long.append((question.number, length))
             else:
-                kept.append(row)
-                whole.update(digest)
+                kept.append(question.number)
+                whole.update(question.digest)
                 counts["prompt_tokens"] += length
     if too_long and not skip_long_prompts:
         named = ", ".join(f"row {row} ({length} tokens)" for row, length in too_long[:_ROWS_NAMED])
@@ -133,26 +171,39 @@ def choose_prompts(
     return Prompts(rows.select(kept), column, whole.hexdigest()[:16], counts)
 
 
-def _once(rows: Dataset, column: str, counts: dict[str, int]) -> Iterator[list[tuple[int, bytes, Prompt]]]:
-    """Row, hash and prompt of each prompt's first row, some at a time; counts the rows that are left out."""
+def _once(rows: Dataset, column: str, counts: dict[str, int]) -> Iterator[list[Question]]:
+    """Each prompt's first row, some at a time; counts the rows that are left out."""
     seen: set[bytes] = set()
     for start in range(0, len(rows), _ROWS_AT_A_TIME):
-        found: list[tuple[int, bytes, Prompt]] = []
-        for row, value in enumerate(rows[start : start + _ROWS_AT_A_TIME][column], start):
-            try:
-                prompt = as_prompt(value)
-            except TypeError as error:
-                raise TypeError(f"Row {row} of the prompts: {error}. Choose another column than {column!r}.") from None
-            digest = hashlib.sha256(json.dumps(prompt, sort_keys=True, default=str).encode()).digest()
-            if prompt is None:
+        found: list[Question] = []
+        for question in _questions(rows, column, start, start + _ROWS_AT_A_TIME):
+            if question is None:
                 counts["empty"] += 1
-            elif digest in seen:
+            elif (digest := question.digest) in seen:
                 counts["repeated"] += 1
             else:
                 seen.add(digest)
-                found.append((row, digest, prompt))
+                found.append(question)
         if found:
             yield found
+
+
+def _questions(rows: Dataset, column: str, start: int, stop: int) -> Iterator[Question | None]:
+    """What the rows from `start` to before `stop` ask; None for one that asks nothing."""
+    columns = rows[start:stop]
+    beside = [name for name in CHAT_COLUMNS if name in columns]
+    for place, value in enumerate(columns[column]):
+        try:
+            prompt = as_prompt(value)
+        except TypeError as error:
+            raise TypeError(
+                f"Row {start + place} of the prompts: {error}. Choose another column than {column!r}."
+            ) from None
+        if prompt is None:
+            yield None
+        else:
+            given = {} if isinstance(prompt, str) else {name: columns[name][place] for name in beside}
+            yield Question(prompt, given, start + place)
 
 
 def _column(rows: Dataset, column: str | None) -> str:

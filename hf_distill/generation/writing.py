@@ -1,6 +1,5 @@
 """One batch: prompts to tokens, tokens through the teacher, new tokens to texts."""
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,7 +8,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from hf_distill.generation.prompts import Prompt
+from hf_distill.generation.prompts import Question
+from hf_distill.text.beginnings import begun_once, own_beginning
+from hf_distill.text.conversations import Conversation
 
 
 class Answer(NamedTuple):
@@ -33,34 +34,27 @@ class AnswerWriter:
         teacher: a causal or an encoder-decoder language model, in `writing_as(teacher, config)` when it writes.
         tokenizer: the teacher's.
         config: from `answer_config`.
-        chat_template_kwargs: variables for the chat template.
     """
 
-    def __init__(
-        self,
-        teacher: nn.Module,
-        tokenizer: Any,
-        config: GenerationConfig,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, teacher: nn.Module, tokenizer: Any, config: GenerationConfig) -> None:
         model: Any = teacher
         self.teacher = model
         self.tokenizer = tokenizer
         self.config = config
         self.encoder_decoder = bool(model.config.is_encoder_decoder)
         self._vocabulary = model.get_input_embeddings().weight.shape[0]
-        self._template_kwargs = dict(chat_template_kwargs or {})
+        self._beginning = own_beginning(tokenizer)
         # A tokenizer that ends every text would have the teacher write on after an end.
         ending = {*tokenizer("a")["input_ids"][-1:]}
         self._drops_end = not self.encoder_decoder and not ending.isdisjoint(config.eos_token_id)
 
-    def encode(self, prompts: list[Prompt]) -> list[list[int]]:
+    def encode(self, questions: list[Question]) -> list[list[int]]:
         """The tokens of each prompt, a conversation through the chat template, up to where the answer begins.
 
         Raises:
             ValueError: conversations, and a tokenizer without a chat template; tokens that the teacher does not have.
         """
-        ids = self._tokens(prompts)
+        ids = self._tokens(questions)
         largest = max((max(row) for row in ids if row), default=0)
         if largest >= self._vocabulary:
             raise ValueError(
@@ -69,19 +63,20 @@ class AnswerWriter:
             )
         return ids
 
-    def _tokens(self, prompts: list[Prompt]) -> list[list[int]]:
-        if isinstance(prompts[0], str):
-            ids = self.tokenizer(prompts, verbose=False)["input_ids"]
+    def _tokens(self, questions: list[Question]) -> list[list[int]]:
+        if isinstance(questions[0].prompt, str):
+            ids = self.tokenizer([each.prompt for each in questions], verbose=False)["input_ids"]
+            ids = [begun_once(row, self._beginning) for row in ids]
             return [row[:-1] for row in ids] if self._drops_end else ids
         if self.tokenizer.chat_template is None:
             raise ValueError(
                 f"The prompts are conversations, and the tokenizer {self.tokenizer.name_or_path!r} has no chat "
                 "template. Give prompts as texts, or a tokenizer with the template the teacher was trained with."
             )
-        encoded = self.tokenizer.apply_chat_template(
-            prompts, add_generation_prompt=True, tokenize=True, return_dict=True, **self._template_kwargs
+        conversations = (
+            Conversation.of_row(self.tokenizer, each.prompt, each.beside, each.number) for each in questions
         )
-        return encoded["input_ids"]
+        return [conversation.tokens(asks=True) for conversation in conversations]
 
     def write(self, prompts: list[list[int]], *, goes_on: bool, seed: int, number: int) -> list[list[Answer]]:
         """The answers to each prompt of a batch.

@@ -1,5 +1,6 @@
 """One conversation in the tokenizer's chat template, and which of its tokens the assistant wrote."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from jinja2.exceptions import TemplateError
 
 from hf_distill.items import IGNORE_INDEX
 
+# The columns of what a template is given beside the messages.
+CHAT_COLUMNS = ("tools", "chat_template_kwargs")
 # As Transformers looks for it (utils/chat_template_utils.py, 5.23).
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _REMEDY = (
@@ -35,14 +38,47 @@ class Conversation:
     options: Mapping[str, Any] = field(default_factory=dict)
     number: int = 0
 
+    @classmethod
+    def of_row(cls, tokenizer: Any, messages: Any, row: Mapping[str, Any], number: int) -> "Conversation":
+        """The messages with what their row gives the template.
+
+        Args:
+            tokenizer: with a chat template.
+            messages: of the row.
+            row: whose `CHAT_COLUMNS` are read, where there are such.
+            number: of the row.
+
+        Raises:
+            ValueError: these are no messages, or none.
+        """
+        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
+            raise ValueError(
+                f"Row {number}: {messages!r} is no list of messages such as {{'role': ..., 'content': ...}}."
+            )
+        if not messages:
+            raise ValueError(f"Row {number} has no message. Drop it (Dataset.filter).")
+        given = given_beside(row)
+        return cls(
+            tokenizer,
+            [_present(message) for message in messages],
+            tools=given.get("tools"),
+            options=given.get("chat_template_kwargs", {}),
+            number=number,
+        )
+
     @property
     def marks_turns(self) -> bool:
         """Whether the template says which tokens the assistant wrote."""
         return _GENERATION.search(self.tokenizer.get_chat_template(tools=self.tools)) is not None
 
-    def tokens(self) -> list[int]:
-        """The ids of the whole conversation."""
-        return self._apply(self.messages, return_dict=True)["input_ids"]
+    def tokens(self, *, asks: bool = False) -> list[int]:
+        """The ids of the whole conversation.
+
+        Args:
+            asks: whether the beginning of the assistant's next turn stands at the end.
+        """
+        asked = {"add_generation_prompt": True} if asks else {}
+        return self._apply(self.messages, return_dict=True, **asked)["input_ids"]
 
     def marked(self) -> tuple[list[int], list[int]]:
         """The ids, and 1 for each that the template marks as the assistant's."""
@@ -72,6 +108,13 @@ class Conversation:
             return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options, **self.options)
         except TemplateError as error:
             raise ValueError(f"Row {self.number}: the chat template refuses the messages: {error}") from error
+
+
+def given_beside(row: Mapping[str, Any]) -> dict[str, Any]:
+    """What the `CHAT_COLUMNS` of a row hold, read where it is JSON; a column that holds nothing is left out."""
+    cells = {name: row.get(name) for name in CHAT_COLUMNS}
+    read = {name: json.loads(cell) if cell and isinstance(cell, str) else cell for name, cell in cells.items()}
+    return {name: value for name, cell in read.items() if (value := _present(cell))}
 
 
 def check_template(tokenizer: Any) -> None:
@@ -170,6 +213,13 @@ def _labelled(conversation: Conversation, whole: str, spans: Sequence[tuple[int,
         for token, (first, last) in zip(ids, made["offset_mapping"], strict=True)
     ]
     return ids, labels
+
+
+def _present(value: Any) -> Any:
+    """Without what is None: Arrow gives every struct of a column the keys of all; templates ask for them."""
+    if isinstance(value, Mapping):
+        return {name: _present(part) for name, part in value.items() if part is not None}
+    return [_present(part) for part in value] if isinstance(value, list) else value
 
 
 def _where(one: str, other: str) -> str:

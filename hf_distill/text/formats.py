@@ -1,17 +1,18 @@
 """Rows of text as token ids and labels, by the format of their columns."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
 from hf_distill.items import IGNORE_INDEX
 from hf_distill.text.arguments import TextArguments
-from hf_distill.text.conversations import Conversation, message_prompt, supervised_turns
+from hf_distill.text.beginnings import begun_once, last_tokens, own_beginning
+from hf_distill.text.conversations import CHAT_COLUMNS, Conversation, message_prompt, supervised_turns
 
 Tokens = tuple[list[int], list[int]]  # ids and labels
-_CHAT_COLUMNS = ("tools", "chat_template_kwargs")
+# Of what is made of a row: one more whenever the same row gives other tokens, which `datasets` has kept.
+RULES = 1
 # Of answers that `hf-distill generate` wrote: whether the teacher came to an end.
 _FINISHED = "finished"
 # Tokenizers leave it a token of its own, except before itself.
@@ -29,8 +30,8 @@ class TextFormat(Enum):
         """The columns that are read, those that need not be there included."""
         own = {
             TextFormat.TEXT: (text_field,),
-            TextFormat.COMPLETION: ("prompt", "completion", _FINISHED, *_CHAT_COLUMNS),
-            TextFormat.MESSAGES: ("messages", *_CHAT_COLUMNS),
+            TextFormat.COMPLETION: ("prompt", "completion", _FINISHED, *CHAT_COLUMNS),
+            TextFormat.MESSAGES: ("messages", *CHAT_COLUMNS),
         }
         return own[self]
 
@@ -57,19 +58,21 @@ class RowTokenizer:
     """Makes ids and labels of a batch of rows, for `datasets.map(batched=True, with_indices=True)`.
 
     Plain text is tokenised as the tokenizer does it, with an end-of-sequence token behind it where there is one, and
-    has a loss everywhere. A completion ends likewise, unless its row is not `finished`, and has the loss alone.
-    Messages are put into the tokenizer's chat template, which writes all special tokens itself; the assistant's turns
-    have the loss. Rows without any token are left out.
+    has a loss everywhere. A completion ends likewise, unless its row is not `finished`, and has the loss alone. Where
+    the tokenizer begins a text with a token of its own, one that was written with it too has it once. Messages are put
+    into the tokenizer's chat template, which writes all special tokens itself; the assistant's turns have the loss.
+    Rows without any token are left out.
 
     Attributes:
         tokenizer: the student's.
         text_format: of the rows.
         text_field: the column of plain text.
         max_length: tokens kept of a row; None keeps all.
-        keep_end: whether these are the last ones.
+        keep_end: whether these are the last ones, behind the token that begins the text where it has one.
         completion_only: whether prompts have no loss.
         assistant_only: whether messages of others have none.
         kept: columns that stay as they are.
+        rules: by which rows are made, for the cache of `datasets`, which looks at the attributes alone.
     """
 
     tokenizer: Any
@@ -80,6 +83,7 @@ class RowTokenizer:
     completion_only: bool = True
     assistant_only: bool = False
     kept: tuple[str, ...] = ()
+    rules: int = field(default_factory=lambda: RULES, init=False)
 
     @classmethod
     def of_arguments(
@@ -103,8 +107,10 @@ class RowTokenizer:
         Raises:
             ValueError: a setting of another format.
         """
+        # Of plain text all has a loss, as completion_only_loss=False says.
+        only_completions = () if args.completion_only_loss is False else ("completion_only_loss",)
         unread = {
-            TextFormat.TEXT: ("completion_only_loss", "assistant_only_loss"),
+            TextFormat.TEXT: (*only_completions, "assistant_only_loss"),
             TextFormat.MESSAGES: ("completion_only_loss",),
         }
         for name in unread.get(text_format, ()):
@@ -138,19 +144,20 @@ class RowTokenizer:
         made = self._made(rows, indices)
         chosen = [number for number, (ids, _) in enumerate(made) if ids]
         columns = {name: [rows[name][number] for number in chosen] for name in self.kept}
-        cut = [tuple(map(self._cut, made[number])) for number in chosen]
+        cut = [self._cut(*made[number]) for number in chosen]
         return {**columns, "input_ids": [ids for ids, _ in cut], "labels": [labels for _, labels in cut]}
 
-    def _cut(self, values: list[int]) -> list[int]:
-        if self.max_length is None:
-            return values
-        return values[-self.max_length :] if self.keep_end else values[: self.max_length]
+    def _cut(self, ids: list[int], labels: list[int]) -> Tokens:
+        if self.max_length is not None and self.keep_end:
+            return last_tokens(ids, labels, self.max_length, beginning=self.tokenizer.bos_token_id)
+        return ids[: self.max_length], labels[: self.max_length]
 
     def _made(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> list[Tokens]:
         if self.text_format is TextFormat.TEXT:
-            texts = self._texts(rows, self.text_field, indices)
+            texts, beginning = self._texts(rows, self.text_field, indices), own_beginning(self.tokenizer)
             made = zip(texts, self.tokenizer(texts)["input_ids"], strict=True)
-            return [(ids, ids) for ids in (self._ended(ids) if text else [] for text, ids in made)]
+            whole = (self._ended(begun_once(ids, beginning)) if text else [] for text, ids in made)
+            return [(ids, ids) for ids in whole]
         if self.text_format is TextFormat.MESSAGES:
             return [self._conversation(row, number) for row, number in _each(rows, indices)]
         if isinstance(rows["prompt"][0], str):
@@ -181,6 +188,7 @@ class RowTokenizer:
             [p + c for p, c in zip(prompts, completions, strict=True)], return_special_tokens_mask=True
         )
         begun = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        beginning = own_beginning(self.tokenizer)
         ends = rows.get(_FINISHED, [True] * len(prompts))
         made = []
         for ids, special, prompt, completion, is_whole in zip(
@@ -193,6 +201,9 @@ class RowTokenizer:
                 ids = ids[:start] + prompt + self._plain(completion) + ids[end:]
             if is_whole is not False:
                 ids = self._ended(ids)
+            if prompt:
+                ids, twice = begun_once(ids, beginning), ids
+                hidden -= len(twice) - len(ids)
             hidden = hidden if self.completion_only else 0
             made.append((ids, [IGNORE_INDEX] * hidden + ids[hidden:]))
         return made
@@ -205,7 +216,7 @@ class RowTokenizer:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def _conversation(self, row: Mapping[str, Any], number: int) -> Tokens:
-        conversation = self._in_template(row["messages"], row, number)
+        conversation = Conversation.of_row(self.tokenizer, row["messages"], row, number)
         if not self.assistant_only:
             ids = conversation.tokens()
             return ids, ids
@@ -215,7 +226,7 @@ class RowTokenizer:
         for name in ("prompt", "completion"):
             if not isinstance(row[name], list):
                 raise ValueError(f"Row {number}: {name!r} holds {row[name]!r}, expected a list of messages.")
-        conversation = self._in_template(row["prompt"] + row["completion"], row, number)
+        conversation = Conversation.of_row(self.tokenizer, row["prompt"] + row["completion"], row, number)
         ids = conversation.tokens()
         labels = supervised_turns(conversation)[1] if self.assistant_only else ids
         if not self.completion_only:
@@ -223,36 +234,11 @@ class RowTokenizer:
         ends = row.get(_FINISHED) is not False
         return ids, message_prompt(conversation, len(row["prompt"]), labels, ends=ends)
 
-    def _in_template(self, messages: Any, row: Mapping[str, Any], number: int) -> Conversation:
-        if not isinstance(messages, list) or not all(isinstance(message, Mapping) for message in messages):
-            raise ValueError(
-                f"Row {number}: {messages!r} is no list of messages such as {{'role': ..., 'content': ...}}."
-            )
-        if not messages:
-            raise ValueError(f"Row {number} has no message. Drop it (Dataset.filter).")
-        tools = row.get("tools")
-        tools = json.loads(tools) if isinstance(tools, str) else tools
-        options = row.get("chat_template_kwargs") or {}
-        return Conversation(
-            self.tokenizer,
-            [_present(message) for message in messages],
-            tools=None if not tools else [_present(tool) for tool in tools],
-            options=_present(options),
-            number=number,
-        )
-
 
 def _each(rows: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> Iterable[tuple[dict[str, Any], int]]:
     """The rows of columns, with their numbers."""
     for place, number in enumerate(indices):
         yield {name: column[place] for name, column in rows.items()}, number
-
-
-def _present(value: Any) -> Any:
-    """Without what is None: Arrow gives every struct of a column the keys of all; templates ask for them."""
-    if isinstance(value, Mapping):
-        return {name: _present(part) for name, part in value.items() if part is not None}
-    return [_present(part) for part in value] if isinstance(value, list) else value
 
 
 def _inside(special: list[int]) -> tuple[int, int]:

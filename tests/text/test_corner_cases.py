@@ -59,6 +59,14 @@ def test_rows_that_cannot_be_answered_are_refused_with_the_trainer(tmp_path, row
         make_trainer(tmp_path, train_dataset=rows, lmbda=0.5, **options)
 
 
+def test_a_kept_beginning_is_no_prompt(tmp_path):
+    rows = [{"prompt": "the ship ", "completion": "came"}] * 4
+    rows.append({"prompt": "the ship", "completion": " ".join(SENTENCES)})
+    options = {"processing_class": tokenizer(begins=True), "truncation_mode": "keep_end", "lmbda": 0.5}
+    with pytest.raises(ValueError, match=r"1 of the 5 rows .* no prompt"):
+        make_trainer(tmp_path, train_dataset=Dataset.from_list(rows), **options)
+
+
 @pytest.mark.parametrize("change", [{"max_length": 3}, {"packing": True}])
 def test_text_settings_changed_after_the_text_was_tokenised_are_refused(tmp_path, change):
     trainer = make_trainer(tmp_path)

@@ -2,6 +2,7 @@ import pickle
 
 import pytest
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 
 from hf_distill.text.formats import RowTokenizer, TextFormat, find_format
 from tests.text.corpus import (
@@ -73,6 +74,65 @@ class TestText:
         (row,) = tokenised(made, [{"text": SENTENCES[0]}], TextFormat.TEXT, max_length=4, keep_end=keep_end)
         assert row["input_ids"] == [*made(SENTENCES[0])["input_ids"], 2][kept]
         assert row["labels"] == row["input_ids"]
+
+
+class TestBeginnings:
+    @pytest.mark.parametrize("begins", [False, True])
+    def test_a_text_that_was_written_with_its_beginning_has_it_once(self, begins):
+        made = tokenizer(begins=begins)
+        rows = [{"text": text} for text in ("<s>the ship", "the ship", "<s><s>the ship")]
+        found = [made.decode(row["input_ids"]) for row in tokenised(made, rows, TextFormat.TEXT)]
+        second = "<s>the ship</s>" if begins else "the ship</s>"
+        assert found == ["<s>the ship</s>", second, "<s><s>the ship</s>"]
+
+    @pytest.mark.parametrize("begins", [False, True])
+    @pytest.mark.parametrize("prompt", ["<s>the old", "the old", "light", "<s>light", "<s>", ""])
+    def test_a_prompt_that_was_written_with_its_beginning_has_it_once(self, begins, prompt):
+        made = tokenizer(begins=begins)
+        completion = "house" if "light" in prompt else " keeper"
+        (row,) = tokenised(made, [{"prompt": prompt, "completion": completion}], TextFormat.COMPLETION)
+        (whole,) = tokenised(
+            made, [{"prompt": prompt, "completion": completion}], TextFormat.COMPLETION, completion_only=False
+        )
+        expected = prompt + completion + END
+        expected = "<s>" + expected if begins and not prompt.startswith("<s>") else expected
+        assert made.decode(row["input_ids"]) == expected
+        assert supervised(made, row) == completion + END
+        assert whole["labels"] == whole["input_ids"] == row["input_ids"]
+
+    @pytest.mark.parametrize("length", [2, 5])
+    def test_the_end_of_a_text_stands_behind_its_beginning(self, length):
+        made = tokenizer(begins=True)
+        ids = [*made(SENTENCES[0])["input_ids"], 2]
+        (row,) = tokenised(made, [{"text": SENTENCES[0]}], TextFormat.TEXT, max_length=length, keep_end=True)
+        assert row["input_ids"] == [1, *ids[1 - length :]]
+        # What stands behind the beginning now never followed it.
+        assert row["labels"] == [1, -100, *ids[len(ids) + 2 - length :]]
+
+    def test_a_text_that_fits_or_leaves_no_room_is_cut_as_any_other(self):
+        made = tokenizer(begins=True)
+        ids = [*made("a ship")["input_ids"], 2]
+        for length, kept in ((len(ids), ids), (1, [2])):
+            (row,) = tokenised(made, [{"text": "a ship"}], TextFormat.TEXT, max_length=length, keep_end=True)
+            assert row == {"input_ids": kept, "labels": kept}
+
+    def test_the_end_of_a_prompt_stands_behind_its_beginning_and_all_of_the_completion_has_a_loss(self):
+        made = tokenizer(begins=True)
+        rows = [{"prompt": "the old lighthouse keeper counted", "completion": " the ships"}]
+        (whole,) = tokenised(made, rows, TextFormat.COMPLETION)
+        length = len(whole["input_ids"]) - 2
+        (row,) = tokenised(made, rows, TextFormat.COMPLETION, max_length=length, keep_end=True)
+        assert row["input_ids"] == [1, *whole["input_ids"][3:]]
+        assert row["labels"] == [-100, *whole["labels"][3:]]
+        assert supervised(made, row) == " the ships" + END
+
+    def test_a_conversation_that_its_template_begins_keeps_that_too(self):
+        made = tokenizer("{{ bos_token }}" + PLAIN_TEMPLATE)
+        rows = [{"messages": talk("a ship", "where")}]
+        (whole,) = tokenised(made, rows, TextFormat.MESSAGES, assistant_only=True)
+        (row,) = tokenised(made, rows, TextFormat.MESSAGES, assistant_only=True, max_length=6, keep_end=True)
+        assert row["input_ids"] == [1, *whole["input_ids"][-5:]]
+        assert row["labels"][2:] == whole["labels"][-4:]
 
 
 class TestCompletions:
@@ -220,3 +280,9 @@ def test_a_row_tokenizer_can_be_pickled():
     made = RowTokenizer(tokenizer(PLAIN_TEMPLATE), TextFormat.MESSAGES, assistant_only=True)
     rows = {"messages": [talk("a", "b")]}
     assert pickle.loads(pickle.dumps(made))(rows, [0]) == made(rows, [0])
+
+
+def test_rows_that_were_made_by_other_rules_are_not_read_from_the_cache(monkeypatch):
+    now, same = (Hasher.hash(RowTokenizer(tokenizer(), TextFormat.TEXT)) for _ in range(2))
+    monkeypatch.setattr("hf_distill.text.formats.RULES", -1)
+    assert now == same != Hasher.hash(RowTokenizer(tokenizer(), TextFormat.TEXT))

@@ -71,6 +71,19 @@ class TestArguments:
     def test_settings_that_nobody_reads_are_refused(self, tmp_path, options, match):
         refused(tmp_path, match, **options)
 
+    def test_that_prompts_have_a_loss_says_nothing_wrong_of_plain_text(self, tmp_path):
+        prompts = Dataset.from_list([{"prompt": "the ship ", "completion": "came"}] * 4)
+        labels = [
+            make_trainer(tmp_path, train_dataset=train, eval_dataset=TEXTS, completion_only_loss=False).train_dataset
+            for train in (TEXTS, prompts)
+        ]
+        assert all(row["labels"] == row["input_ids"] for rows in labels for row in rows)
+        talks = Dataset.from_list([{"messages": talk("a", "b")}])
+        options = {"processing_class": tokenizer(PLAIN_TEMPLATE), "completion_only_loss": False}
+        refused(
+            tmp_path, "completion_only_loss=False, but the data set holds messages", train_dataset=talks, **options
+        )
+
     def test_other_tasks_read_no_text(self, tmp_path):
         models = tiny.bert("MaskedLM"), tiny.bert("MaskedLM", hidden=48)
         refused(tmp_path, "padding_free=True.*the student does masked_lm", models=models, padding_free=True)
