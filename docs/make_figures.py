@@ -17,23 +17,13 @@ from torch import Tensor
 
 from hf_distill.losses import LOSSES
 from hf_distill.losses.difficulty import difficulty
+from hf_distill.report import drawing
 from hf_distill.schedules import Schedule
 from hf_distill.temperature import AdaptiveTemperature
 
-STYLE = {
-    "font.size": 8,
-    "font.sans-serif": ["DejaVu Sans"],  # the default list is written beside every word
-    "axes.titlesize": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.color": "#e6e6e6",
-    "axes.axisbelow": True,
-    "legend.frameon": False,
+STYLE = drawing.STYLE | {
     "legend.fontsize": 7,
-    "lines.linewidth": 1.5,
-    # Okabe and Ito's colours, which can be told apart without red or green.
-    "axes.prop_cycle": mpl.cycler(color=["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000"]),
+    "axes.prop_cycle": mpl.cycler(color=drawing.COLORS),
     "svg.fonttype": "none",  # text stays text: a fifth of the size
     "svg.hashsalt": "hf-distill",  # the same figure is the same file
 }

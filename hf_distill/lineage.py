@@ -8,6 +8,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_distill.files import whole_file
+
 LINEAGE_NAME = "lineage.json"
 FORMAT = 1
 TRAINING, FINISHED = "training", "finished"
@@ -99,14 +101,8 @@ class Lineage:
     def _write(self) -> None:
         if not self._writes:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        whole = self.path.with_name(f"_{LINEAGE_NAME}")
-        with whole.open("w", encoding="utf-8") as file:
-            json.dump(self.as_dict(), file, indent=2)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        whole.replace(self.path)
+        with whole_file(self.path) as whole:
+            whole.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
 
 def _as_json(value: Any) -> Any:

@@ -10,6 +10,7 @@ from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import torch
+from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
@@ -33,8 +34,10 @@ _PACKAGES = (
 )
 _PATH = re.compile(r"[\\/~]|[A-Za-z]:[\\/]|\.{1,2}[\\/]|[a-z0-9+.-]+://")
 _HUB_DATA = re.compile(r"hf://datasets/(?P<name>[^@]+?)@(?P<revision>[^/]+)/")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 _FOLDERS = re.compile(r"""(?<![\w.:/\\-])(?:~|\.{1,2}|[A-Za-z]:)?[\\/](?:[^\s'"()\\/]+[\\/])+""")
 _FILE_KEYS = ("file",)
+_FILES = 10  # names are kept of so many
 
 
 def public_name(name: str | os.PathLike | None, revision: str | None = None) -> tuple[str | None, bool]:
@@ -119,28 +122,54 @@ def describe_teacher(teacher: Teacher) -> dict[str, Any]:
 
 
 def describe_data(dataset: Any) -> Any:
-    """Name, rows and fingerprint of a data set, as far as they are known; of several by their names."""
+    """Name, rows and fingerprint of a data set, as far as they are known; of several by their names.
+
+    One without a name has its `builder`, and the `files` on this machine that it was made from, without their folders;
+    `datasets` 5.2 itself leaves no word of the files in what `load_dataset("csv", data_files=...)` returns.
+    """
     if dataset is None:
         return None
     if isinstance(dataset, Mapping):
         return {str(name): describe_data(part) for name, part in dataset.items()}
     info: Any = getattr(dataset, "info", None)
     urls = getattr(info, "download_checksums", None) or ()
-    hub = next((match for url in urls if (match := _HUB_DATA.match(str(url)))), None)
+    hub = _repository(dataset)
     name = getattr(info, "dataset_name", None)
-    named = name is not None and name != getattr(info, "builder_name", None)  # "csv" names nothing
+    builder = getattr(info, "builder_name", None)
+    named = name is not None and name != builder  # "csv" names nothing
     config = getattr(info, "config_name", None)
     split = getattr(dataset, "split", None)
     is_file = not hub and not named and len(getattr(info, "splits", None) or ()) == 1  # "train", whatever it holds
-    return {
-        "name": hub["name"] if hub else public_name(name)[0] if named else None,
+    found = {
+        "name": hub[0] if hub else public_name(name)[0] if named else None,
         "on_hub": hub is not None,
-        "revision": hub["revision"] if hub else None,
+        "revision": hub[1] if hub else None,
         "config": None if config is None or config.startswith("default") else config,
         "split": None if split is None or is_file else str(split),
         "rows": len(dataset) if hasattr(dataset, "__len__") else None,
         "fingerprint": getattr(dataset, "_fingerprint", None),
     }
+    if found["name"] is None and builder is not None:
+        found["builder"] = builder
+        if local := list(dict.fromkeys(PureWindowsPath(url).name for url in map(str, urls) if "://" not in url)):
+            found["files"] = [*local[:_FILES], *(["..."] if len(local) > _FILES else [])]
+    return found
+
+
+def _repository(dataset: Any) -> tuple[str, str] | None:
+    """Name and commit of the repository on the Hub that rows were loaded from.
+
+    What `load_dataset` of `datasets` 5.2 returns lies in a folder named by the commit, and names no repository but in
+    small letters; the Hub's own cache has a folder of that commit in one of the full name.
+    """
+    for file in getattr(dataset, "cache_files", None) or ():
+        commit = Path(file["filename"]).parent.name
+        if _COMMIT.fullmatch(commit):
+            for snapshot in Path(HF_HUB_CACHE).glob(f"datasets--*/snapshots/{commit}"):
+                return snapshot.parts[-3].removeprefix("datasets--").replace("--", "/"), commit
+    urls = getattr(getattr(dataset, "info", None), "download_checksums", None) or ()
+    found = next((match for url in urls if (match := _HUB_DATA.match(str(url)))), None)
+    return None if found is None else (found["name"], found["revision"])
 
 
 def describe_hardware(device: torch.device, processes: int) -> dict[str, Any]:

@@ -8,15 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from datasets import Dataset, DatasetInfo, load_dataset
+from datasets import Dataset, DatasetInfo, load_dataset, load_from_disk
 from peft import LoraConfig
 
-from hf_distill import DistillationTrainer, Stage, run_stages
+from hf_distill import DistillationTrainer, Stage, provenance, run_stages
 from hf_distill.config import DistillationConfig
+from hf_distill.generation.folder import AnswerFolder
+from hf_distill.lineage import Lineage
 from hf_distill.models.fingerprint import weights_fingerprint
 from hf_distill.provenance import STUDENT_ADAPTERS_OFF, describe_data, public_name, without_paths
 from hf_distill.run_record import RunRecord, record_path
 from tests import tiny
+from tests.card.cards import fill_the_disk
 from tests.training import arguments, make_trainer, values
 
 TOKEN = "hf_planted0secret0token"
@@ -198,6 +201,25 @@ def test_a_data_set_of_the_hub_is_known_by_where_it_came_from():
     found = describe_data(Dataset.from_dict({"a": [1, 2]}, info=info, split="train"))
     assert (found["name"], found["on_hub"], found["revision"]) == ("org/texts", True, "0123abc")
     assert (found["config"], found["split"], found["rows"]) == ("plain", "train", 2)
+
+
+def test_what_load_dataset_fetched_from_the_hub_is_known_by_the_folders_of_the_two_caches(tmp_path, monkeypatch):
+    commit = "0123456789" * 4
+    rows = Dataset.from_dict({"a": [1, 2]})
+    rows.save_to_disk(tmp_path / "rows")
+    cached = tmp_path / "datasets/some_org___my_texts/default/0.0.0" / commit / "my_texts-train.arrow"
+    cached.parent.mkdir(parents=True)
+    (tmp_path / "rows/data-00000-of-00001.arrow").rename(cached)
+    loaded = Dataset.from_file(str(cached), info=DatasetInfo(builder_name="parquet", dataset_name="my_texts"))
+    monkeypatch.setattr(provenance, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert describe_data(loaded)["on_hub"] is False  # another machine's cache, or a folder that looks alike
+    (tmp_path / "hub/datasets--some_org--MyTexts/snapshots" / commit).mkdir(parents=True)
+    for rows in (loaded, loaded.select([1]), loaded.map(lambda row: {"b": 1})):
+        found = describe_data(rows)
+        assert (found["name"], found["on_hub"], found["revision"]) == ("some_org/MyTexts", True, commit)
+
+
+def test_a_local_file_is_no_data_set_of_the_hub():
     local = DatasetInfo(builder_name="csv", dataset_name="csv", download_checksums={"/home/ann/a.csv": {}})
     found = describe_data({"dev": Dataset.from_dict({"a": [1]}, info=local)})["dev"]
     assert (found["name"], found["on_hub"]) == (None, False)
@@ -212,6 +234,62 @@ def test_a_file_of_rows_to_test_on_is_not_called_a_split_to_train_on(tmp_path):
     both = {name: str(tmp_path / "test.csv") for name in ("train", "test")}
     rows = load_dataset("csv", split="test", data_files=both, cache_dir=str(tmp_path))
     assert describe_data(rows)["split"] == "test"
+
+
+@pytest.mark.parametrize("builder", ["csv", "json", "parquet", "text"])
+def test_rows_of_a_local_file_are_called_by_their_builder_and_never_by_a_folder(builder, tmp_path):
+    folder = tmp_path / "private-folder"
+    folder.mkdir()
+    path = folder / f"train.{builder}"
+    if builder == "text":
+        path.write_text("a\nb\n", encoding="utf-8")
+    else:
+        getattr(Dataset.from_dict({"text": ["a", "b"]}), f"to_{builder}")(path)
+    cache = str(tmp_path / "cache")
+    loaded = load_dataset(builder, data_files=str(path), split="train", cache_dir=cache)
+    loaded.save_to_disk(folder / "saved")
+    read = getattr(Dataset, f"from_{builder}")(str(path), cache_dir=cache)
+    for rows in (loaded, read, loaded.map(lambda row: {"size": 1}), load_from_disk(folder / "saved")):
+        found = describe_data(rows)
+        assert (found["name"], found["on_hub"], found["builder"], found["rows"]) == (None, False, builder, 2)
+        assert "private" not in str(found)
+        assert str(tmp_path) not in str(found)
+
+
+def test_of_the_files_of_a_data_set_there_stay_the_names():
+    local = ["/home/ann/a.csv", "C:\\Users\\ann\\b.csv", "data/a.csv"]
+    elsewhere = ["https://host/c.csv?token=secret", "zip://d.csv::/home/ann/e.zip"]
+
+    def described(urls):
+        info = DatasetInfo(builder_name="csv", dataset_name="csv", download_checksums={url: {} for url in urls})
+        return describe_data(Dataset.from_dict({"a": [1]}, info=info))
+
+    assert described(local + elsewhere)["files"] == ["a.csv", "b.csv"]
+    assert "files" not in described(elsewhere)
+    assert described([f"/ann/{number}.csv" for number in range(30)])["files"] == [
+        *(f"{number}.csv" for number in range(10)),
+        "...",
+    ]
+    assert "builder" not in describe_data(Dataset.from_dict({"a": [1]}))
+
+
+def test_a_file_whose_writing_fails_is_what_it_was(run, tmp_path, monkeypatch):
+    record = RunRecord.read(run[1])
+    lineage, answers = Lineage(tmp_path, writes=True), AnswerFolder(tmp_path / "answers", {"seed": 1})
+    writers = [
+        lambda: record.write(tmp_path),
+        lambda: lineage.begin(1, {"name": "one", "asked": {}}, resumed_at=None),
+        lambda: answers.save_part(0, [{"completion": "a"}], {"answers": 1}),
+    ]
+    for write in writers:
+        write()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert len(before) == len(writers)
+    fill_the_disk(monkeypatch)
+    for write in writers:
+        with pytest.raises(OSError, match="No space left"):
+            write()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_name_of_the_hub_keeps_its_revision(tmp_path):

@@ -162,7 +162,13 @@ def _data_cells(data: Mapping[str, Any]) -> list[str]:
     config = f" ({escaped(data['config'])})" if data.get("config") else ""
     fingerprint = f"`{data['fingerprint']}`" if data.get("fingerprint") else NOTHING
     rows = f"{data['rows']:,}" if data.get("rows") is not None else NOTHING
-    return [f"{name or 'not named'}{config}", escaped(data.get("split") or NOTHING), rows, fingerprint]
+    return [f"{name or _unnamed(data)}{config}", escaped(data.get("split") or NOTHING), rows, fingerprint]
+
+
+def _unnamed(data: Mapping[str, Any]) -> str:
+    files = ", ".join(escaped(name) for name in data.get("files", ()))
+    builder = f" (builder `{data['builder']}`)" if data.get("builder") else ""
+    return f"{f'local files: {files}' if files else 'not named'}{builder}"
 
 
 def hyperparameters_text(record: RunRecord) -> str:

@@ -13,13 +13,14 @@ from transformers.utils import logging
 
 from hf_distill.card.metadata import NO_OPTIONS, CardOptions
 from hf_distill.card.rendering import render_card
+from hf_distill.files import whole_file
+from hf_distill.report.plots import PLOTS
 from hf_distill.report.results import Report
 from hf_distill.run_record import EVIDENCE_FOLDER, RunRecord
 
 CARD_NAME = "README.md"
 KEPT_NAME = "_README.old.md"  # a push leaves out what begins with an underscore
 REPORT_NAME = "report.json"
-_PLOTS = ("tradeoff.png", "confusion.png", "losses.png", "dynamics.png")
 _MARK = re.compile(r"<!-- Written by hf-distill \(text ([0-9a-f]{12})\)[^>]*-->\n*")
 _OF_PEFT = "# Model Card for Model ID"
 
@@ -56,9 +57,10 @@ def write_card(
     if before is not None:
         _keep(path, before)
         options = with_known(options, folder)
-    plots = [f"{EVIDENCE_FOLDER}/{name}" for name in _PLOTS if (folder / EVIDENCE_FOLDER / name).is_file()]
+    plots = [f"{EVIDENCE_FOLDER}/{name}" for name in PLOTS if (folder / EVIDENCE_FOLDER / name).is_file()]
     card = render_card(record, report, options=options, plots=plots)
-    path.write_text(marked(card), encoding="utf-8")
+    with whole_file(path) as whole:
+        whole.write_text(marked(card), encoding="utf-8")
     return path
 
 
@@ -119,5 +121,6 @@ def _keep(path: Path, before: str) -> None:
     while kept.exists() and kept.read_text(encoding="utf-8") != before:
         number += 1
         kept = path.with_name(KEPT_NAME.replace(".old", f".old{number}"))
-    kept.write_text(before, encoding="utf-8")
+    with whole_file(kept) as whole:
+        whole.write_text(before, encoding="utf-8")
     logger.warning(f"{path} was not written by hf-distill, or was changed since: it is kept as {kept.name}.")

@@ -1,6 +1,5 @@
 """What the demo found: one row for each kind of model, as JSON and as a table."""
 
-import json
 import platform
 import statistics
 from dataclasses import asdict, dataclass
@@ -14,6 +13,7 @@ from rich.table import Table
 
 from hf_distill.demo.measurement import Cost, Scores
 from hf_distill.demo.settings import DemoSettings
+from hf_distill.provenance import write_json
 
 
 @dataclass(frozen=True)
@@ -95,8 +95,7 @@ class DemoResults:
                 ),
             ],
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        write_json(path, report)
 
     def tables(self) -> tuple[Table, Table]:
         """Returns what the models are worth and what they cost, each narrow enough for 80 columns."""

@@ -9,6 +9,8 @@ from typing import Any
 
 from datasets import Dataset, Features, concatenate_datasets
 
+from hf_distill.files import whole_file
+
 RECORD_NAME = "generation.json"
 DATA_NAME = "data/train-00000-of-00001.parquet"
 FORMAT = 1
@@ -105,11 +107,9 @@ class AnswerFolder:
                 "Allow more tokens, or keep unfinished answers, in another folder."
             )
         data = self.path / DATA_NAME
-        data.parent.mkdir(exist_ok=True)
-        partial = self.path / _PARTS / data.name
         groups = [Dataset.from_list(rows, features=features) for rows in self._groups(parts)]
-        concatenate_datasets(groups).to_parquet(str(partial))
-        os.replace(partial, data)
+        with whole_file(data, partial=self.path / _PARTS / data.name) as whole:
+            concatenate_datasets(groups).to_parquet(str(whole))
         note = _read(self.path / _PARTS / _SETTINGS)
         _write(self.path / RECORD_NAME, {**note["about"], "settings": note["settings"], "counts": counts})
         self.tidy()
@@ -154,14 +154,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, content: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump(content, file, indent=None if "rows" in content else 2, ensure_ascii=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    text = json.dumps(content, indent=None if "rows" in content else 2, ensure_ascii=False)
+    with whole_file(path) as whole:
+        whole.write_text(text + "\n", encoding="utf-8")
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

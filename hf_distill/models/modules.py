@@ -14,6 +14,8 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
+from hf_distill.files import whole_file
+
 ATTRIBUTE = "distillation_modules"
 FILE_NAME = f"{ATTRIBUTE}.safetensors"
 _WHOLE = StateDictOptions(full_state_dict=True)
@@ -141,10 +143,10 @@ def save_modules(student: nn.Module, folder: str | os.PathLike[str], *, is_main_
     if not is_main_process:
         return
     path = Path(folder, FILE_NAME)
-    partial = path.with_name(f"_{FILE_NAME}.partial")  # Trainer pushes no file whose name starts with "_"
     # Copies: safetensors refuses a weight that two names share.
-    save_file({name: value.cpu().clone().contiguous() for name, value in state.items()}, partial, {"format": "pt"})
-    os.replace(partial, path)
+    copies = {name: value.cpu().clone().contiguous() for name, value in state.items()}
+    with whole_file(path) as whole:
+        save_file(copies, whole, {"format": "pt"})
 
 
 def check_modules(folder: str | os.PathLike[str], *, expected: bool) -> None:

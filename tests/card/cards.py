@@ -1,7 +1,12 @@
 """Records and reports made by hand, and what tests read off a card."""
 
+import errno
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hf_distill.config import DistillationConfig
 from hf_distill.report.results import BASELINE, STUDENT, TEACHER, Cost, ModelResult, Quality, Report, Timing
@@ -72,3 +77,14 @@ def report(weights: str = "aaaa0000bbbb1111", fingerprint: str = "beef") -> Repo
         environment={"device": "cpu"},
         training={"student": {"weights": weights}, "log_history": []},
     )
+
+
+def fill_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on a text that is written to a file ends after its first character, with an error."""
+    write = Path.write_text
+
+    def write_some(path: Path, text: str, **options: Any) -> int:
+        write(path, text[:1], **options)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", write_some)

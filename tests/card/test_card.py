@@ -23,7 +23,7 @@ from hf_distill.report.markdown import headline, results_table
 from hf_distill.run_record import RunRecord
 from hf_distill.signals import Task
 from tests import tiny
-from tests.card.cards import STUDENT_MODEL, TEACHER_MODEL, record, report
+from tests.card.cards import ROWS, STUDENT_MODEL, TEACHER_MODEL, fill_the_disk, record, report
 
 SECTIONS = [
     "## Results",
@@ -247,6 +247,29 @@ def test_names_cannot_break_the_page():
     card = render_card(record(teacher={**bad, "kind": "LocalTeacher"}, name="x_y*z"))
     assert "<script>" not in card.text
     assert "a\\|b" in card.text
+
+
+def test_data_without_a_name_are_called_by_their_files_or_their_builder_and_are_no_data_set_of_the_hub():
+    rows = {"name": None, "on_hub": False, "rows": 800, "fingerprint": "f00d", "builder": "csv"}
+    card = render_card(record(data={"train": {**rows, "files": ["a_b.csv", "c|d.csv"]}, "eval": rows}))
+    assert "| Training | local files: a_b.csv, c\\|d.csv (builder `csv`) |" in card.text
+    assert "| Evaluation | not named (builder `csv`) |" in card.text
+    assert "datasets" not in card.data.to_dict()
+    assert {each.dataset_type for each in card.data.eval_results} == {"unknown"}
+    named = render_card(record(data={"train": {**rows, "files": ["a.csv"]}}), options=CardOptions(dataset="Mine"))
+    assert "| Training | Mine |" in named.text
+    older = render_card(record(data={"train": {**ROWS, "name": None, "on_hub": False, "rows": 1}}))
+    assert "| Training | not named |" in older.text
+
+
+def test_a_card_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path = write_card(tmp_path, record=record(), report=report())
+    before = path.read_bytes()
+    fill_the_disk(monkeypatch)
+    with pytest.raises(OSError, match="No space left"):
+        write_card(tmp_path, record=record(name="another"), report=report())
+    assert [file.name for file in tmp_path.iterdir()] == ["README.md"]
+    assert path.read_bytes() == before
 
 
 def test_equal_records_make_equal_cards():
