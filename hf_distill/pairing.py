@@ -170,7 +170,8 @@ def _warn_of_other_cuts(student_tokenizer: Any | None, teacher_tokenizer: Any | 
     if found is not None:
         logger.warning(
             f"Both tokenizers have the same ids, but they cut texts otherwise: {found}. The teacher reads the "
-            "student's tokens, which it was not trained on. Tokenise with the teacher's tokenizer, if the student can learn it."
+            "student's tokens, which it was not trained on. Tokenise with the teacher's tokenizer, if the student can "
+            "learn it."
         )
 
 
