@@ -77,7 +77,8 @@ class HeadKernel:
         return values[0], values[1], agreement
 
 
-@triton.jit
+# Chunks of other sizes, which begin anywhere, are no reason to compile it again.
+@triton.jit(do_not_specialize=["items"], do_not_specialize_on_alignment=["targets"])
 def _rows(
     student,
     teacher,

@@ -126,6 +126,8 @@ class RowLosses:
         """Whether all rows went to a kernel of their own."""
         if self._form is None or self._temperature is not None or not takes_kernel(logits) or not len(logits):
             return False
+        if items.task.dtype != torch.float32:  # of hidden states in float64: sums in float32 would not do
+            return False
         kernel = proven_kernel(
             KernelCase(
                 self._form,
@@ -141,7 +143,8 @@ class RowLosses:
         if kernel is None:
             return False
         weights = [items.task * self._scale, self._weight(items) * self._scale, items.temperature.reciprocal()]
-        rows = KernelRows(logits, teacher_logits, items.targets.squeeze(-1), torch.cat(weights, -1), direction)
+        targets = items.targets.squeeze(-1).contiguous()  # of a caller's tensor they may be a view
+        rows = KernelRows(logits, teacher_logits, targets, torch.cat(weights, -1), direction)
         found = kernel(rows, teacher_scale=self._divergence.teacher_scale)
         for written, column in zip(items[-3:], found, strict=True):
             written.copy_(column.unsqueeze(-1))

@@ -3,6 +3,7 @@
 python -m tests.losses.compile_head_kernel cuda 90 32
 """
 
+import re
 import sys
 
 import torch
@@ -35,7 +36,13 @@ def main() -> None:
         case = KernelCase(closed_form(name, {}), 30.0, 30.0, dtypes, torch.bfloat16, True, True, device)
         constants = {**HeadKernel(case)._constants, "gradient": True, "block": BLOCK}
         signature = {**POINTERS, **NUMBERS, **dict.fromkeys(constants, "constexpr")}
-        triton.compile(ASTSource(_rows, signature, constants), target=target, options={"num_warps": 8})
+        options = {"num_warps": 8, "enable_fp_fusion": False}
+        for is_aligned in (False, True):
+            aligned = {(place,): [["tt.divisibility", 16]] for place in range(len(POINTERS)) if is_aligned}
+            compiled = triton.compile(ASTSource(_rows, signature, constants, aligned), target=target, options=options)
+            # What is read of a block is read before anything is written over it.
+            steps = re.findall(r"tt\.load|\w+\.barrier|tt\.store", compiled.asm["ttgir"])
+            assert [step.rpartition(".")[2] for step in steps[-2:]] == ["barrier", "store"], steps
         print(name)
 
 

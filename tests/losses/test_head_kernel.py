@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hf_distill.losses import LOSSES, head_device
 from hf_distill.losses.chunked_head import chunked_head_loss
 from hf_distill.losses.head_device import proven_kernel
 from hf_distill.losses.head_formulas import closed_form
-from hf_distill.losses.head_rows import Divergence
+from hf_distill.losses.head_rows import Divergence, HeadItems, RowLosses
 from hf_distill.losses.kernel_rows import KernelCase, KernelRows
 from hf_distill.signals import LogitFactors
 from tests.losses.kernels import DEVICE, kernel_of_heads
@@ -149,11 +150,80 @@ def test_a_label_that_there_is_no_class_for_makes_the_loss_nan():
     assert terms[1].isnan().tolist() == [False, False, False, True, False, False]
 
 
+def special_rows(classes, shared):
+    """Logits of either side in which a row each is impossible, without bound, no number, or far from the others."""
+    draw = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(12, size, generator=draw) * 3 for size in (classes, shared))
+    inf = torch.inf
+    student[0, 3], student[1, 100], student[2] = inf, inf, -inf  # in the first block, in a later one, everywhere
+    student[3, :64] = teacher[4, :64] = teacher[5] = -inf  # whole blocks
+    teacher[6, 2], teacher[7, 120] = inf, torch.nan
+    student[8, 5] = teacher[9, 5] = -inf  # impossible to one side, which weighs nothing beside a certain class
+    teacher[8, 100] = student[9, 100] = 500.0
+    student[10], teacher[10] = student[10] * 100, teacher[10] * 100
+    student[11] = 1.5
+    return student, teacher
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd", "skewed_kl"])
+@pytest.mark.parametrize("options", [{}, {"shared": 133}, {"softcap": 5.0}], ids=lambda options: "-".join(options))
+def test_rows_that_hold_what_is_no_number_are_as_by_torch(name, options):
+    factors = LogitFactors(torch.zeros(1, 1), torch.zeros(1, 1), softcap=options.get("softcap"))
+
+    def walked(device):
+        student, teacher = (logits.to(device) for logits in special_rows(150, options.get("shared", 150)))
+        ones = torch.ones(len(student), 1, device=device)
+        targets = torch.arange(len(student), device=device).unsqueeze(-1)
+        items = HeadItems(targets, ones / 2, ones, 2 * ones, 0 * ones, 0 * ones, torch.zeros_like(ones).bool())
+        rows = RowLosses(Divergence(LOSSES.get(name)), factors, factors, temperature=items.temperature)
+        with torch.no_grad():
+            rows.walk(student, teacher, items, student)
+        return [tensor.cpu() for tensor in (items.cross_entropy, items.divergence, student)]
+
+    *expected, gradient = walked("cpu")
+    with kernel_of_heads() as device:
+        *found, found_gradient = walked(device)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    is_finite = gradient.isfinite().all(-1)
+    assert torch.equal(found_gradient.isfinite().all(-1), is_finite)
+    assert 2 < is_finite.sum() < len(gradient)
+    torch.testing.assert_close(found_gradient[is_finite], gradient[is_finite], rtol=1e-4, atol=1e-5)
+
+
+def test_labels_may_be_a_view():
+    given = heads()
+    student, teacher, targets, *weights = given
+    apart = torch.zeros(len(targets), 2, dtype=torch.int64, device=DEVICE)
+    apart[:, 0] = targets
+    weights = [weight + 0.1 for weight in weights]  # all items kept, so that nothing copies the labels
+    expected = results((student, teacher, targets, *weights), "forward_kl")
+    with kernel_of_heads():
+        found = results((student, teacher, apart[:, 0], *weights), "forward_kl")
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-6)
+
+
+def test_hidden_states_in_float64_are_left_to_torch(monkeypatch):
+    student, *rest = heads()
+    student = replace(student, hidden=student.hidden.detach().double().requires_grad_())
+    expected = results((student, *rest), "forward_kl")
+    monkeypatch.setattr(head_device, "KERNEL_DEVICES", (DEVICE,))
+    torch.testing.assert_close(results((student, *rest), "forward_kl"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_trial_does_not_hang_on_the_default_dtype(dtype):
+    torch.set_default_dtype(dtype)
+    try:
+        assert error(case_of("jsd"), classes=150) <= 5e-6
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @pytest.fixture
 def warnings(monkeypatch):
     """Of a process in which no kernel has been tried."""
     found = []
-    monkeypatch.setattr(head_device.logger, "warning", found.append)
+    monkeypatch.setattr(head_device.logger, "warning_once", found.append)
     monkeypatch.setattr(head_device, "KERNEL_DEVICES", (DEVICE,))
     proven_kernel.cache_clear()
     yield found
