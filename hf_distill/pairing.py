@@ -147,11 +147,9 @@ def pair_models(
     if vocabulary is not None and not vocabulary.is_whole:
         drops_tokens = vocabulary.student_only or vocabulary.teacher_only
         (logger.warning if drops_tokens else logger.info)(str(vocabulary))
-    has_own_ids = (
-        student_tokens is not None and teacher_tokens is not None and not is_extension(student_tokens, teacher_tokens)
-    )
+    has_own_ids = _has_own_ids(student_tokens, teacher_tokens)
     if token_alignment == "none" and not has_own_ids:
-        _warn_of_other_cuts(_text_tokenizer(student_tokenizer), _text_tokenizer(teacher_tokenizer))
+        _warn_of_other_cuts(student_tokenizer, teacher_tokenizer)
     return ModelPair(
         task=student_task,
         classes=None if vocabulary is None or vocabulary.is_whole or vocabulary.by_text else vocabulary.classes,
@@ -165,8 +163,15 @@ def pair_models(
     )
 
 
+def _has_own_ids(student_tokens: Mapping[str, int] | None, teacher_tokens: Mapping[str, int] | None) -> bool:
+    """Whether the teacher's tokens are known to have other ids than the student's."""
+    if student_tokens is None or teacher_tokens is None:
+        return False
+    return not is_extension(student_tokens, teacher_tokens)
+
+
 def _warn_of_other_cuts(student_tokenizer: Any | None, teacher_tokenizer: Any | None) -> None:
-    found = cut_otherwise(student_tokenizer, teacher_tokenizer)
+    found = cut_otherwise(_text_tokenizer(student_tokenizer), _text_tokenizer(teacher_tokenizer))
     if found is not None:
         logger.warning(
             f"Both tokenizers have the same ids, but they cut texts otherwise: {found}. The teacher reads the "

@@ -279,10 +279,11 @@ def test_a_stage_with_layer_terms_goes_on_in_the_middle_with_the_same_bits(tmp_p
 
 
 def test_only_the_last_student_is_pushed_to_the_hub(tmp_path, monkeypatch):
-    pushed = []
+    made, pushed = [], []
+    monkeypatch.setattr(hf.Trainer, "init_hf_repo", lambda trainer, **_: made.append(trainer.args.output_dir))
     monkeypatch.setattr(hf.Trainer, "push_to_hub", lambda trainer, **_: pushed.append(trainer.args.output_dir))
     run(tmp_path, plan={"push_to_hub": True})
-    assert pushed == [str(tmp_path)]
+    assert made == pushed == [str(tmp_path)]
 
 
 def of_two_processes(folder):
