@@ -144,9 +144,7 @@ def pair_models(
         shared_tokens, vocabulary = _align_by_text(student_task, *tokenizers, sizes=sizes, device=device)
     elif student_task.is_language_model:
         vocabulary = vocabulary_overlap(*sizes, student_tokens=student_tokens, teacher_tokens=teacher_tokens)
-    if vocabulary is not None and not vocabulary.is_whole:
-        drops_tokens = vocabulary.student_only or vocabulary.teacher_only
-        (logger.warning if drops_tokens else logger.info)(str(vocabulary))
+    _report(vocabulary)
     has_own_ids = _has_own_ids(student_tokens, teacher_tokens)
     if token_alignment == "none" and not has_own_ids:
         _warn_of_other_cuts(student_tokenizer, teacher_tokenizer)
@@ -161,6 +159,13 @@ def pair_models(
         vocabulary=vocabulary,
         shared_tokens=shared_tokens,
     )
+
+
+def _report(vocabulary: VocabularyOverlap | None) -> None:
+    """Tells what is not compared, if anything."""
+    if vocabulary is not None and not vocabulary.is_whole:
+        drops_tokens = vocabulary.student_only or vocabulary.teacher_only
+        (logger.warning if drops_tokens else logger.info)(str(vocabulary))
 
 
 def _has_own_ids(student_tokens: Mapping[str, int] | None, teacher_tokens: Mapping[str, int] | None) -> bool:
