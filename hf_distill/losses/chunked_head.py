@@ -17,7 +17,7 @@ from hf_distill.losses.row_gradient import attach_gradients, may_read
 from hf_distill.signals import LogitFactors
 
 # For the logits of a chunk, of both sides together.
-_CPU_CHUNK_BYTES = 128 * 2**20
+_CPU_CHUNK_BYTES = 96 * 2**20
 _DEVICE_CHUNK_BYTES = 2**30
 # With fewer items the products wait for the memory of the head.
 _SMALLEST_CHUNK = 256
@@ -153,17 +153,20 @@ def _walk(
     chunk = chunk_items(kept, student.row_bytes + teacher.row_bytes, chunk_bytes)
     for head, gradients in ((student, needs_gradient), (teacher, False)):
         head.reserve(chunk, gradients=gradients)
+    has_labels = not may_read(items.task) or bool(items.task.any())
+    factors = block.factors(items.task.device, has_labels=has_labels)
     for places in _places(kept, chunk, len(items.task)):
         hidden = student.hidden(places)
-        logits, teacher_logits = student.logits(hidden), teacher.logits(teacher.hidden(places))
+        logits = student.logits(hidden, factor=factors.student)
+        teacher_logits = teacher.logits(teacher.hidden(places), factor=factors.teacher)
         direction = student.direction(logits) if student.gradients else None
         chosen = HeadItems(*(column[places] for column in items))
-        block.walk(logits, teacher_logits, chosen, direction)
+        share = block.walk(logits, teacher_logits, chosen, direction, factors=factors)
         if isinstance(places, Tensor):  # else they are the items' own memory
             for column, written in zip(items[-4:], chosen[-4:], strict=True):
                 column[places] = written
         if direction is not None:
-            student.collect(places, hidden, direction)
+            student.collect(places, hidden, direction, share)
 
 
 def chunk_items(kept: Tensor, row_bytes: int, chunk_bytes: int | None) -> int:

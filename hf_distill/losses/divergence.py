@@ -192,13 +192,15 @@ def _forward_kl_block(
     ratio = teacher.sub_(student)
     student_exps = student.exp2_()
     student_total = student_exps.sum(-1, keepdim=True)
-    expected = sum_of_possible(ratio.mul_(teacher_exps)).div_(teacher_total)
+    total, is_finite = sum_and_look(ratio.mul_(teacher_exps))
+    expected = total.div_(teacher_total)
     torch.add((student_total / teacher_total).log_(), expected, alpha=_LOG_2, out=value)
     if direction is None or size is None:
         return
     student_exps.mul_(teacher_total / student_total)
-    # As in `_write_direction`, no size may be NaN.
-    size.copy_(teacher_total.reciprocal_().nan_to_num_(nan=1.0))
+    torch.reciprocal(teacher_total, out=size)
+    if not is_finite:
+        size.nan_to_num_(nan=1.0)  # as in `_write_direction`, no size may be NaN
     gradient = torch.sub(student_exps, teacher_exps, out=_nearest(direction, student_exps))
     _write_direction(gradient, direction, size)
 
@@ -261,14 +263,18 @@ def _reverse_kl_block(
     ratio = torch.sub(student, teacher, out=teacher)
     student_exps = student.exp2_()
     student_total = student_exps.sum(-1, keepdim=True)
-    expected = sum_of_possible(torch.mul(ratio, student_exps, out=gradient)).div_(student_total)
+    total, is_finite = sum_and_look(torch.mul(ratio, student_exps, out=gradient))
+    expected = total.div_(student_total)
     torch.add((teacher_total / student_total).log_(), expected, alpha=_LOG_2, out=value)
     if direction is None or size is None:
         return
-    expected.masked_fill_(value.isnan(), math.nan)
+    torch.reciprocal(student_total, out=size).mul_(_LOG_2)
+    if not is_finite:
+        size.nan_to_num_(nan=1.0)
+        expected.masked_fill_(value.isnan(), math.nan)
     gradient = torch.addcmul(gradient, student_exps, expected, value=-1, out=_nearest(direction, gradient))
-    clear_rows(gradient, expected.isposinf().logical_not_())
-    size.copy_(student_total.reciprocal_().mul_(_LOG_2).nan_to_num_(nan=1.0))
+    if not is_finite:
+        clear_rows(gradient, expected.isposinf().logical_not_())
     _write_direction(gradient, direction, size)
 
 
@@ -278,12 +284,18 @@ def _base_2(temperature: float | Tensor, inverse_temperature: Tensor) -> float |
 
 
 def _write_powers(logits: Tensor, factor: float | Tensor, *, out: Tensor) -> None:
-    """Writes logarithms to base 2 of what is proportional to the softened softmax, the largest of each row 0.
+    """Writes logarithms to base 2 of what is proportional to the softened softmax, the largest of each row about 0.
 
     On a CPU `exp2` costs half of `softmax`; so does `exp`, but many times as much where its results are denormal or 0.
     """
-    subtract_maximum(logits, out=out)
-    out.mul_(factor)
+    if isinstance(factor, Tensor):
+        subtract_maximum(logits, out=out)
+        out.mul_(factor)
+        return
+    if logits.dtype != out.dtype:
+        logits = out.copy_(logits)
+    # What rounding the maximum does is the same in a whole row, and so nothing to its softmax.
+    torch.add(logits.amax(-1, keepdim=True).mul_(-factor), logits, alpha=factor, out=out)
 
 
 def reverse_kl_of(ratio: Tensor, block: Softened, *, out: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -307,12 +319,17 @@ def reverse_kl_of(ratio: Tensor, block: Softened, *, out: Tensor) -> tuple[Tenso
 
 def sum_of_possible(contributions: Tensor) -> Tensor:
     """(rows, 1): the sums over the classes, after those of probability 0 had their contribution set to 0, in place."""
+    return sum_and_look(contributions)[0]
+
+
+def sum_and_look(contributions: Tensor) -> tuple[Tensor, bool]:
+    """`sum_of_possible`, and whether the host knows all contributions to be finite."""
     # 0 * inf and 0 * (inf - inf) are NaN here. A NaN among the logits is not lost: `log_of_sums` carries it.
     total = contributions.sum(-1, keepdim=True)
-    if may_read(total) and not bool(total.isnan().any()):
-        return total
+    if may_read(total) and math.isfinite(float(total.sum())):
+        return total, True
     contributions.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
-    return contributions.sum(-1, keepdim=True)
+    return contributions.sum(-1, keepdim=True), False
 
 
 def log_of_sums(probs: Tensor, others: Tensor) -> Tensor:

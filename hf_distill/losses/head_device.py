@@ -20,9 +20,14 @@ _TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 logger = logging.get_logger(__name__)
 
 
+def has_kernel(device: torch.device) -> bool:
+    """Whether the kernel may run there."""
+    return device.type in KERNEL_DEVICES
+
+
 def takes_kernel(logits: Tensor) -> bool:
     """Whether these logits are where the kernel runs, and of a dtype that it reads."""
-    return logits.device.type in KERNEL_DEVICES and logits.dtype in _TOLERANCES
+    return has_kernel(logits.device) and logits.dtype in _TOLERANCES
 
 
 @functools.cache

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_distill.losses.divergence import sum_of_possible
+from hf_distill.losses.divergence import sum_and_look, sum_of_possible
 from hf_distill.losses.mixtures import Mixture, mixture_of
 from hf_distill.losses.row_gradient import clear_rows
 
@@ -24,13 +24,14 @@ _MIXTURES = ("jsd", "generalized_jsd", "skewed_kl", "skewed_reverse_kl")
 class Exponentials(NamedTuple):
     """A block of rows as a formula gets it; every tensor but `student_exps` may be written over."""
 
-    student: Tensor  # (rows, classes) softened logits to base 2, the largest of each row about 0
+    student: Tensor  # (rows, classes) softened logits to base 2, near enough to 0 for sums of their powers
     teacher: Tensor  # as `student`
     student_exps: Tensor  # (rows, classes) 2 ** student
     teacher_exps: Tensor  # (rows, classes) 2 ** teacher
     student_total: Tensor  # (rows, 1) the sums of `student_exps`
     teacher_total: Tensor  # (rows, 1) the sums of `teacher_exps`
     scratch: Tensor  # (rows, classes); may be `student_exps`, where a formula has read it for the last time
+    gradient: Tensor  # (rows, classes) where a gradient is best written; it may be the memory of `student`
     value: Tensor  # (rows, 1), to be written
     needs_gradient: bool
 
@@ -59,7 +60,8 @@ def _forward_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
     if not block.needs_gradient:
         return None
     # The teacher's less the student's probabilities, times the teacher's total: exactly 0 where both agree.
-    difference = teacher_exps.addcmul_(student_exps, teacher_total / block.student_total, value=-1)
+    ratio = teacher_total / block.student_total
+    difference = torch.addcmul(teacher_exps, student_exps, ratio, value=-1, out=block.gradient)
     return difference, teacher_total.reciprocal().neg_()
 
 
@@ -67,13 +69,16 @@ def _reverse_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
     student_exps, student_total = block.student_exps, block.student_total
     ratio = block.student.sub_(block.teacher)
     gradient = torch.mul(ratio, student_exps, out=block.teacher)
-    expected = sum_of_possible(gradient).div_(student_total)
+    total, is_finite = sum_and_look(gradient)
+    expected = total.div_(student_total)
     torch.add((block.teacher_total / student_total).log_(), expected, alpha=_LOG_2, out=block.value)
     if not block.needs_gradient:
         return None
-    expected.masked_fill_(block.value.isnan(), math.nan)
-    gradient.addcmul_(student_exps, expected, value=-1)
-    clear_rows(gradient, expected.isposinf().logical_not_())
+    if not is_finite:
+        expected.masked_fill_(block.value.isnan(), math.nan)
+    gradient = torch.addcmul(gradient, student_exps, expected, value=-1, out=block.gradient)
+    if not is_finite:
+        clear_rows(gradient, expected.isposinf().logical_not_())
     return gradient, _LOG_2 / student_total
 
 

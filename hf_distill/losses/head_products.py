@@ -54,38 +54,41 @@ class ChunkedHead:
         """(items, width) some of the hidden states, in the dtype of the products."""
         return self._hidden[items].to(self._dtype)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """(items, classes) the logits before the softcap; the next call overwrites them."""
-        out = self._buffer[: len(hidden)]
-        if not self._is_wide:
-            if self._bias is None:
-                torch.mm(hidden, self._weight.t(), out=out)
-            else:
-                torch.addmm(self._bias, hidden, self._weight.t(), out=out)
-        else:
-            if hidden.device.type == "cpu":  # has no product that ends in a wider dtype (torch 2.13)
-                torch.mm(hidden.to(self._logits_dtype), self._weight.to(self._logits_dtype).t(), out=out)
-            else:
-                torch.mm(hidden, self._weight.t(), out_dtype=self._logits_dtype, out=out)
+    def logits(self, hidden: Tensor, *, factor: float = 1.0) -> Tensor:
+        """(items, classes) the logits before the softcap, times a factor; the next call overwrites them."""
+        out, factor = self._buffer[: len(hidden)], factor * self._factors.scale
+        if self._is_wide and hidden.device.type != "cpu":
+            torch.mm(hidden, self._weight.t(), out_dtype=self._logits_dtype, out=out)
             if self._bias is not None:
                 out.add_(self._bias)
-        return out if self._factors.scale == 1 else out.mul_(self._factors.scale)
+            return out if factor == 1 else out.mul_(factor)
+        # A CPU has no product that ends in a wider dtype (torch 2.13).
+        hidden, weight = hidden.to(self._logits_dtype), self._weight.to(self._logits_dtype).t()
+        if self._bias is not None:
+            return torch.addmm(self._bias, hidden, weight, beta=factor, alpha=factor, out=out)
+        return torch.addmm(out, hidden, weight, beta=0, alpha=factor, out=out)
 
     def direction(self, logits: Tensor) -> Tensor:
         """(items, classes) in the dtype of the products, where the gradient of `logits` goes: row by row over them."""
         return logits.view(self._dtype)[:, : logits.shape[-1]]
 
-    def collect(self, items: Tensor | slice, hidden: Tensor, direction: Tensor) -> None:
+    def collect(self, items: Tensor | slice, hidden: Tensor, direction: Tensor, share: Tensor | None = None) -> None:
         """Adds what a chunk contributes to the gradients.
 
         Args:
             items: which they are.
             hidden: (items, width) as `hidden` gave them.
-            direction: (items, classes) the gradient of their logits before scale.
+            direction: (items, classes) the gradient of their logits before scale, but for
+            share: (items, 1) what its rows are to be multiplied by: these products cost less than itself.
         """
+        if share is not None:
+            hidden = hidden * share
         for name, gradient in self.gradients.items():
             if name == "hidden":
-                gradient[items] = direction @ self._weight
+                product = direction @ self._weight
+                gradient[items] = product if share is None else product.mul_(share)
+            elif name == "bias" and share is not None:
+                gradient.addmv_(direction.t(), share.squeeze(-1))
             elif name == "bias":
                 gradient.add_(direction.sum(0, dtype=gradient.dtype))
             elif gradient.dtype == self._dtype:

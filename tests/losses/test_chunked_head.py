@@ -152,7 +152,9 @@ def test_only_items_that_count_are_projected(small_chunks, monkeypatch):
     case, projected = Case(masked=0.5), []
     logits = chunked_head.ChunkedHead.logits
     monkeypatch.setattr(
-        chunked_head.ChunkedHead, "logits", lambda self, hidden: projected.append(len(hidden)) or logits(self, hidden)
+        chunked_head.ChunkedHead,
+        "logits",
+        lambda self, hidden, **factor: projected.append(len(hidden)) or logits(self, hidden, **factor),
     )
     case.chunked()
     assert sum(projected) == 2 * int(((case.task > 0) | (case.kd > 0)).sum())

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from hf_distill.losses.base import item_temperature
 from hf_distill.losses.head_formulas import closed_form
-from hf_distill.losses.head_rows import Divergence, HeadItems, RowLosses
+from hf_distill.losses.head_rows import Divergence, Factors, HeadItems, RowLosses
 from hf_distill.signals import LogitFactors
 from tests.losses.cases import cases, random_case
 from tests.losses.kernels import kernel_of_heads
@@ -28,11 +28,15 @@ by_either_way = pytest.mark.parametrize(
     indirect=["walk"],
     ids=str,
 )
+variants_of_formulas = pytest.mark.parametrize("loss", variants_of(has_a_formula), ids=str)
 _PLAIN = LogitFactors(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
-def formed(loss, case, *, one_softmax=False, needs_gradient=True, device="cpu", **around):
-    """Values and gradient of a case's rows, of weight `case.weights`, without a cross-entropy."""
+def formed(loss, case, *, one_softmax=False, needs_gradient=True, device="cpu", in_product=False, **around):
+    """Values and gradient of a case's rows, of weight `case.weights`, without a cross-entropy.
+
+    With `in_product` the logits come multiplied as a head's products can multiply them.
+    """
     classes, items = case.student.shape[-1], case.student.shape[:-1]
     student, teacher = (logits.reshape(-1, classes).clone().to(device) for logits in (case.student, case.teacher))
     temperature = item_temperature(case.temperature, case.student, torch.float32).reshape(-1, 1).clone().to(device)
@@ -43,7 +47,12 @@ def formed(loss, case, *, one_softmax=False, needs_gradient=True, device="cpu", 
     divergence = Divergence(loss.spec, loss.options, **around)
     block = RowLosses(divergence, _PLAIN, _PLAIN, temperature=1.0 if one_softmax else temperature)
     with torch.no_grad():
-        block.walk(student, teacher, values, direction)
+        factors = block.factors(student.device, has_labels=False) if in_product else Factors(1.0, 1.0)
+        student.mul_(factors.student)
+        teacher.mul_(factors.teacher)
+        share = block.walk(student, teacher, values, direction, factors=factors)
+    if share is not None:
+        student *= share
     return values.divergence.view(items).cpu(), student.view(*items, classes).cpu()
 
 
@@ -131,3 +140,32 @@ def test_a_class_that_one_side_thinks_impossible(loss, side, walk):
     own, own_gradient = value_and_gradient(loss.function, case, temperature=case.temperature)
     torch.testing.assert_close(values, own, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, own_gradient, rtol=1e-5, atol=1e-5)
+
+
+@variants_of_formulas
+@pytest.mark.parametrize("temperature", [1.0, "per item"])
+@pytest.mark.parametrize("near", [False, True])
+def test_logits_may_come_as_powers_of_two_from_the_product(loss, temperature, near):
+    case = random_case((7,), 300, 7, scale=3.0, padding=5, impossible=0, near=near, temperature=temperature)
+    options = {"one_softmax": temperature == 1.0}
+    alone, from_product = formed(loss, case, **options), formed(loss, case, in_product=True, **options)
+    for found, expected in zip(from_product, alone, strict=True):
+        torch.testing.assert_close(found, expected, rtol=2e-5, atol=1e-5)
+
+
+@variants_of_formulas
+def test_rows_whose_exponentials_have_no_sum_are_formed_relative_to_their_largest(loss):
+    case = random_case((8,), 300, 8, scale=3.0, temperature="per item")
+    expected = formed(loss, case, in_product=True)
+    for logits, rows, offset in (
+        (case.student, 0, 150.0),
+        (case.student, 1, -150.0),
+        (case.teacher, 2, 1500.0),
+        (case.teacher, 3, -90.0),
+    ):
+        logits[rows] += offset
+    case.student[4], case.teacher[4] = case.student[4] + 300, case.teacher[4] - 300
+    found = formed(loss, case, in_product=True)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one[:5], other[:5], rtol=1e-3, atol=1e-3)  # what the offset leaves of the logits
+        assert torch.equal(one[5:], other[5:])  # a row does not notice its neighbours
