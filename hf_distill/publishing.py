@@ -1,8 +1,10 @@
-"""What goes to the Hub with a student: no access token, and no push that fails unseen."""
+"""What goes to the Hub with a student: no access token, no push that fails unseen or could be known to fail."""
 
 import copy
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -35,6 +37,28 @@ class PublishingMixin:
 
     args: Any
     hub_model_id: Any
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """`Trainer`'s, which makes the repository or finds it, and whether it may be written to.
+
+        `Trainer` learns that from its first commit alone, after a training (5.23).
+
+        Raises:
+            HfHubHTTPError: the Hub refuses.
+        """
+        super().init_hf_repo(token, private)  # type: ignore[misc]
+        if not self.is_world_process_zero():  # type: ignore[attr-defined]
+            return
+        try:
+            HfApi().auth_check(self.hub_model_id, token=token or self.args.hub_token, write=True)
+        except HfHubHTTPError as error:
+            if error.response.status_code not in (401, 403):
+                return  # a Hub that does not answer the question; the push will tell
+            error.append_to_message(
+                f"\nThe student cannot be pushed to {self.hub_model_id}: this token may not write there. Use one that "
+                "may (HF_TOKEN), or another hub_model_id."
+            )
+            raise
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         self._tell_failed_pushes()

@@ -1,5 +1,6 @@
 """Rows from where users keep them: a file, a folder, a data set saved to disk, or the Hub."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from datasets import (
     load_from_disk,
 )
 from datasets.exceptions import DatasetGenerationError
+from pyarrow import ArrowInvalid  # type: ignore[import-untyped]
 
 LOADERS = {".txt": "text", ".csv": "csv", ".json": "json", ".jsonl": "json", ".parquet": "parquet"}
 _SAVED = ("state.json", "dataset_dict.json")
@@ -66,6 +68,8 @@ def _arguments(source: str | os.PathLike, config: str | None) -> dict[str, Any]:
     if path.suffix in LOADERS and not path.is_dir():
         if not path.is_file():
             raise ValueError(f"{source} is no file. Relative paths begin at {Path.cwd()}.")
+        if path.stat().st_size == 0:
+            raise ValueError(f"{source} cannot be read: it is empty.")
         return {"path": LOADERS[path.suffix], "data_files": str(path)}
     if path.is_file():
         raise ValueError(
@@ -85,11 +89,14 @@ def _with_file(found: Any, file: str | None) -> Any:
 
 def _load(source: str | os.PathLike, config: str | None, **options: Any) -> Any:
     if _is_saved(source):
-        return load_from_disk(os.fspath(source))
+        return _load_saved(Path(source))
     arguments = _arguments(source, config)
     try:
         return _with_file(load_dataset(**arguments, **options), arguments.get("data_files"))
-    except DatasetGenerationError as error:
+    except (DatasetGenerationError, ArrowInvalid, StopIteration) as error:  # the last of JSON without a line
+        for path in sorted(Path(source).rglob("*")):  # of a folder, the file is told that alone cannot be read either
+            if path.suffix in LOADERS and path.is_file():
+                _load(path, None)
         reason = error.__cause__ or error
         raise ValueError(f"{source} cannot be read: {str(reason).strip() or type(reason).__name__}") from error
     except ConnectionError as error:
@@ -99,6 +106,23 @@ def _load(source: str | os.PathLike, config: str | None, **options: Any) -> Any:
         if "corresponds to no data" not in str(error):
             raise
         raise ValueError(f"{source} has no rows, or a split without any: {error}") from error
+
+
+def _load_saved(folder: Path) -> Any:
+    try:
+        return load_from_disk(os.fspath(folder))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        for path in sorted(folder.rglob("*")):
+            try:
+                if path.suffix == ".json":
+                    json.loads(path.read_text(encoding="utf-8"))
+                elif path.suffix == ".arrow":
+                    Dataset.from_file(os.fspath(path))
+            except (ValueError, OSError) as reason:
+                raise ValueError(f"{path} cannot be read: {reason}") from error
+        raise ValueError(
+            f"{folder} cannot be read as a data set that save_to_disk wrote: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _split_names(source: str | os.PathLike, config: str | None) -> list[str]:

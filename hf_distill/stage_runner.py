@@ -11,6 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
+from hf_distill.files import check_undamaged, last_checkpoint
 from hf_distill.lineage import FINISHED, TRAINING, Lineage
 from hf_distill.models.fingerprint import fingerprint, weights_fingerprint
 from hf_distill.models.saved import load_weights
@@ -129,6 +130,7 @@ class StageRunner:
         return trainer
 
     def _restore(self, number: int, args: Any) -> None:
+        check_undamaged(Path(args.output_dir))
         if isinstance(self._student, nn.Module):
             load_weights(self._student, args.output_dir)
         else:
@@ -226,9 +228,12 @@ def _last_checkpoint(args: Any) -> Path | None:
     """The last one that was written to its end and holds all that a training needs to go on; None: from the start."""
     if args.save_only_model:
         return None
-    folders = Path(args.output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-[0-9]*")
-    whole = [folder for folder in folders if (folder / TRAINER_STATE_NAME).is_file()]  # `Trainer` writes it last
-    return max(whole, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    found, warning = last_checkpoint(Path(args.output_dir))
+    if warning is not None and args.process_index == 0:
+        logger.warning(warning)
+    if found is not None:
+        check_undamaged(found)
+    return found
 
 
 def _ended(checkpoint: Path) -> TrainerState | None:

@@ -1,8 +1,6 @@
 """What a run of stages refuses before its first step, and what it writes down."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +12,7 @@ from hf_distill.lineage import Lineage
 from hf_distill.models.fingerprint import weights_fingerprint
 from hf_distill.stages import Stage, preset_stages, run_stages
 from tests import tiny
+from tests.processes import run_twice
 from tests.test_stages import (
     KD,
     PLAN,
@@ -187,14 +186,42 @@ def test_a_lineage_that_cannot_be_read_is_refused(content, tmp_path):
         Lineage(tmp_path, writes=True).read()
 
 
-def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "missing"), [("trainer_state.json", "no trainer_state.json"), ("model.safetensors", "no weights")]
+)
+def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(name, missing, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_distill.stage_runner.logger.warning", said.append)
     whole = run(tmp_path / "whole")
     interrupted(tmp_path / "cut", "1-kd", 3)
-    (tmp_path / "cut" / "_stages" / "1-kd" / "checkpoint-3" / "trainer_state.json").unlink()
+    cut = tmp_path / "cut" / "_stages" / "1-kd" / "checkpoint-3"
+    (cut / name).unlink()
+    (cut.parent / "checkpoint-2-copied").mkdir()
     done, steps = resumed(tmp_path / "cut")
+    assert said == [f"Passed over, as cut off while it was saved or removed: {cut} ({missing})."]
     assert steps["1-kd"] == 2
     assert lineage(tmp_path / "cut")["stages"][0]["resumed_at_steps"] == [2]
     assert_same_bits(done.trainer.model, weights(whole.trainer.model))
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "trainer_state.json"])
+def test_a_damaged_checkpoint_of_a_stage_is_named_with_its_remedy(name, tmp_path):
+    interrupted(tmp_path, "2-task", 3)
+    damaged = tmp_path / "_stages" / "2-task" / "checkpoint-3" / name
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"is damaged \(") as error:
+        run(tmp_path, resume=True)
+    assert str(error.value).startswith(f"{damaged} is damaged (")
+    assert str(error.value).endswith(f"Delete {damaged.parent} to go on from the checkpoint before it.")
+
+
+def test_a_damaged_student_of_a_finished_stage_is_named(tmp_path):
+    interrupted(tmp_path, "2-task", 3)
+    damaged = tmp_path / "_stages" / "1-kd" / "model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="Begin in another output_dir") as error:
+        run(tmp_path, resume=True)
+    assert str(error.value).startswith(f"{damaged} is damaged (")
 
 
 def test_without_an_optimizer_in_its_checkpoints_a_stage_begins_again(tmp_path):
@@ -299,13 +326,7 @@ def of_two_processes(folder):
 
 @pytest.mark.slow
 def test_two_processes_run_stages_and_go_on_with_them(tmp_path):
-    code = (
-        "import sys, torch, accelerate, tests.test_stage_refusals as tests; torch.set_num_threads(1); "
-        "accelerate.debug_launcher(tests.of_two_processes, args=(sys.argv[1],), num_processes=2)"
-    )
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(of_two_processes, tmp_path)
     assert (tmp_path / "rank-0").exists()
     assert (tmp_path / "rank-1").exists()
     assert [stage["processes"] for stage in lineage(tmp_path / "cut")["stages"]] == [2, 2]

@@ -147,7 +147,9 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}). Delete it; what it held is made again.") from error
+        # Without its record, data looks like somebody else's.
+        remedy = "Choose a new folder." if path.name == RECORD_NAME else "Delete it; what it held is made again."
+        raise ValueError(f"{path} is damaged ({error}). {remedy}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is none of ours. Choose a new folder.")
     return content

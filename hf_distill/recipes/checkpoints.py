@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel
 
 from hf_distill.models.modules import lost_keys
@@ -21,11 +21,11 @@ def check_checkpoint(student: Any, folder: Path) -> None:
 
     Args:
         student: not wrapped; of a PEFT model its adapters are compared.
-        folder: of a checkpoint, or of a saved student; one without safetensors, as of shards of FSDP, is left to the
-            trainer.
+        folder: of a checkpoint, or of a saved student, without damage (`check_undamaged`); one without safetensors,
+            as of shards of FSDP, is left to the trainer.
 
     Raises:
-        ValueError: it is of another student, with some of what differs; a file is damaged.
+        ValueError: it is of another student, with some of what differs.
     """
     saved = _saved_shapes(folder)
     own = {name: tuple(value.shape) for name, value in _state(student).items()}
@@ -47,11 +47,8 @@ def check_checkpoint(student: Any, folder: Path) -> None:
 def _saved_shapes(folder: Path) -> dict[str, Shape]:
     shapes: dict[str, Shape] = {}
     for path in sorted(path for pattern in _FILES for path in folder.glob(pattern)):
-        try:
-            with safe_open(path, "pt") as file:
-                shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged ({error}). Delete {folder} to go on from one before it.") from error
+        with safe_open(path, "pt") as file:
+            shapes |= {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return shapes
 
 

@@ -27,8 +27,9 @@ def report_of_recipe(recipe: Recipe, options: Mapping[str, Any]) -> Report:
         options: of `make_report`.
 
     Raises:
-        ValueError: models or rows that cannot be compared.
+        ValueError: models or rows that cannot be compared, or a device that is not there.
     """
+    check_device(options.get("device"), "--device")
     student_name, data = recipe.student.name, recipe.data
     assert student_name is not None
     assert recipe.teacher.name is not None
@@ -56,6 +57,29 @@ def report_of_recipe(recipe: Recipe, options: Mapping[str, Any]) -> Report:
         training=read_run_record(student_name),
         **{"data_name": data_name(data), **options},
     )
+
+
+def check_device(device: str | None, where: str) -> None:
+    """Refuses a device that this machine has not.
+
+    Args:
+        device: as torch writes it, with or without a number; None is none in particular.
+        where: what it is called, for the error.
+
+    Raises:
+        ValueError: with the devices there are.
+    """
+    if device is None:
+        return
+    there = ["cpu"]
+    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+        there += [f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count())]
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{where}={device!r} is no device of torch's. There are: {', '.join(there)}.") from error
+    if wanted.type != "cpu" and f"{wanted.type}:{wanted.index or 0}" not in there:
+        raise ValueError(f"{where}={device!r} is not on this machine. There are: {', '.join(there)}.")
 
 
 def data_name(data: DataPart, *, is_held_out: bool = False) -> str:

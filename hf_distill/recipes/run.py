@@ -13,14 +13,14 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_distill.arguments import Seq2SeqDistillationTrainingArguments
-from hf_distill.lineage import Lineage
+from hf_distill.files import check_undamaged, last_checkpoint, missing_part
+from hf_distill.lineage import FINISHED, Lineage
 from hf_distill.models.student.report import count_parameters
 from hf_distill.recipes.checkpoints import check_checkpoint
 from hf_distill.recipes.data import metrics_of, prepare, split_rows
-from hf_distill.recipes.measure import data_name
+from hf_distill.recipes.measure import check_device, data_name
 from hf_distill.recipes.models import Models, adapters, load_models
 from hf_distill.recipes.progress import TrainingProgress, quiet_libraries
 from hf_distill.recipes.reading import stages_of
@@ -75,6 +75,7 @@ def run_recipe(
         if "output_dir" not in arguments:
             raise ValueError("arguments.output_dir is missing: the folder for the student.")
         check_folder(arguments["output_dir"], "arguments.output_dir")
+        check_device((recipe.report_options or {}).get("device"), "report.device")
         if dry_run:  # leaves no repository on the Hub either
             folder = stack.enter_context(tempfile.TemporaryDirectory())
             arguments |= {"output_dir": folder, "push_to_hub": False}
@@ -139,9 +140,7 @@ class _Job:
         if self._recipe.stages is not None:
             stages = self._stages()
             if resume and stages[0].student is None:
-                first = folder / STAGES_FOLDER / f"1-{stages[0].name}"
-                for place in (first, *sorted(first.glob(f"{PREFIX_CHECKPOINT_DIR}-*"))):
-                    check_checkpoint(self._models.student, place)
+                self._check_first(folder, stages[0])
             run = run_stages(
                 stages,
                 model=self._models.student,
@@ -155,10 +154,12 @@ class _Job:
             trainer = run.trainer
         else:
             trainer = self._trainer()
-            checkpoint = self._checkpoint(folder) if resume else args.resume_from_checkpoint
-            if checkpoint and not trainer.is_deepspeed_enabled:  # ZeRO 3 leaves parameters empty
-                check_checkpoint(trainer.model, Path(checkpoint))
-            done = trainer.train(resume_from_checkpoint=checkpoint)
+            checkpoint = self._last(folder) if resume else self._named()
+            if checkpoint is not None:
+                check_undamaged(checkpoint)
+                if not trainer.is_deepspeed_enabled:  # ZeRO 3 leaves parameters empty
+                    check_checkpoint(trainer.model, checkpoint)
+            done = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
             metrics = dict(done.metrics)
             trainer.save_model()
             trainer.save_state()
@@ -195,8 +196,32 @@ class _Job:
             **self._options,
         )
 
-    def _checkpoint(self, folder: Path) -> str | None:
-        found = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    def _named(self) -> Path | None:
+        """The checkpoint that the recipe names."""
+        name = self._args.resume_from_checkpoint
+        missing = missing_part(Path(name)) if name else None
+        if missing is not None:
+            raise ValueError(
+                f"arguments.resume_from_checkpoint={name!r} is no whole checkpoint: {missing}. Name another, or leave "
+                "it out: --resume takes the last that is whole."
+            )
+        return Path(name) if name else None
+
+    def _check_first(self, folder: Path, stage: Stage) -> None:
+        """Refuses what the first stage left of another student, before the stages' trainers are made."""
+        lineage = Lineage(folder, writes=False)
+        if lineage.path.exists():
+            lineage.read()
+        saved = folder / STAGES_FOLDER / f"1-{stage.name}"
+        place = saved if lineage.status(1) == FINISHED else last_checkpoint(saved)[0]
+        if place is not None:
+            check_undamaged(place)
+            check_checkpoint(self._models.student, place)
+
+    def _last(self, folder: Path) -> Path | None:
+        found, warning = last_checkpoint(folder)
+        if warning is not None:
+            self._say(warning)
         self._say(f"No checkpoint in {folder}: beginning." if found is None else f"Going on from {found}.")
         return found
 

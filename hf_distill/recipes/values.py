@@ -56,19 +56,25 @@ def converted(value: Any, hint: Any, where: str) -> Any:
 
 
 def check_folder(folder: str | os.PathLike, where: str) -> None:
-    """Refuses a folder to write to that is a file, or that would be below one.
+    """Refuses a folder that is a file, or that would be below one, and one that may not be written to.
 
     Args:
         folder: may be missing.
         where: what it is called, for the error.
 
     Raises:
-        ValueError: with the file.
+        ValueError: with the file, or the folder without permission.
     """
     path = Path(folder).expanduser()
     taken = next((place for place in (path, *path.parents) if place.exists() and not place.is_dir()), None)
     if taken is not None:
         raise ValueError(f"{where}={str(folder)!r}, but {taken} is a file. Name a folder, which may be new.")
+    there = next(place for place in (path.absolute(), *path.absolute().parents) if place.is_dir())
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{where}={str(folder)!r}, but {there} may not be written to by this user. Name another folder, or change "
+            "its permissions."
+        )
 
 
 def _as_one_of(value: Any, kinds: Mapping[Any, Any]) -> Any:

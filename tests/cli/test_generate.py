@@ -1,6 +1,7 @@
 """`hf-distill generate`: what it writes, prints and refuses. That its help loads no torch: see test_student."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -62,6 +63,26 @@ def test_an_error_is_one_line_without_a_traceback(teacher, tmp_path, capsys, opt
     assert message in error
     assert "Traceback" not in error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["generation.json", ".parts/settings.json", ".parts/part-000000.json"])
+def test_a_torn_file_of_the_answers_is_named(name, teacher, tmp_path, capsys):
+    assert generate(teacher, tmp_path, "--max_new_tokens", "4") == 0
+    torn, record = tmp_path / "out" / name, tmp_path / "out" / "generation.json"
+    if torn != record:  # as before the end
+        (tmp_path / "out" / ".parts").mkdir()
+        shutil.rmtree(tmp_path / "out" / "data")
+        note = {"settings": json.loads(record.read_text(encoding="utf-8"))["settings"], "about": {}}
+        (tmp_path / "out" / ".parts" / "settings.json").write_text(json.dumps(note), encoding="utf-8")
+        record.unlink()
+    torn.write_text('{"settings": {"seed"', encoding="utf-8")
+    assert generate(teacher, tmp_path, "--max_new_tokens", "4") == 1
+    printed = capsys.readouterr().err
+    assert f"hf-distill generate: {torn} is damaged (" in printed
+    assert ("Choose a new folder." if torn == record else "Delete it; what it held is made again.") in printed
+    if torn != record:
+        torn.unlink()
+        assert generate(teacher, tmp_path, "--max_new_tokens", "4") == 0
 
 
 def test_an_interruption_is_one_line(teacher, tmp_path, capsys, monkeypatch):

@@ -80,6 +80,51 @@ def test_a_file_that_is_broken_or_empty_is_named_with_the_reason(name, content, 
         load_splits(tmp_path / name)
 
 
+@pytest.mark.parametrize(
+    ("kind", "suffix", "torn"),
+    [("parquet", "parquet", b"PAR1"), ("csv", "csv", b'a\n"b'), ("json", "jsonl", b'{"a": ')],
+)
+def test_a_file_that_was_cut_off_is_named_alone_and_in_a_folder(kind, suffix, torn, tmp_path):
+    for name in ("one", "three", "two"):
+        getattr(Dataset.from_dict({"a": ["a, b", "c"]}), f"to_{kind}")(tmp_path / "rows" / f"{name}.{suffix}")
+    path = tmp_path / "rows" / f"two.{suffix}"
+    path.write_bytes(torn)
+    for read in (load_splits, load_rows):
+        for source in (path, path.parent):
+            with pytest.raises(ValueError, match="cannot be read: ") as error:
+                read(source)
+            assert str(error.value).startswith(f"{path} cannot be read: ")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "csv", "json", "jsonl", "txt"])
+def test_an_empty_file_is_named(suffix, tmp_path):
+    (tmp_path / f"none.{suffix}").touch()
+    with pytest.raises(ValueError, match=f"none.{suffix} cannot be read: it is empty"):
+        load_rows(tmp_path / f"none.{suffix}")
+
+
+@pytest.mark.parametrize(
+    "name", ["dataset_dict.json", "dev/state.json", "dev/dataset_info.json", "dev/data-00000-of-00001.arrow"]
+)
+def test_a_torn_file_of_a_saved_data_set_is_named(name, tmp_path):
+    rows = Dataset.from_dict({"text": ["a", "b"] * 500})
+    DatasetDict(train=rows, dev=rows).save_to_disk(tmp_path / "saved")
+    torn = tmp_path / "saved" / name
+    torn.write_bytes(torn.read_bytes()[: torn.stat().st_size // 2])
+    for read in (load_splits, load_rows):
+        with pytest.raises(ValueError, match="cannot be read: ") as error:
+            read(tmp_path / "saved")
+        assert str(error.value).startswith(f"{torn} cannot be read: ")
+
+
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_saved_data_set_with_a_state_of_something_else_is_named(content, tmp_path):
+    Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved" / "state.json").write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match="saved cannot be read as a data set that save_to_disk wrote: "):
+        load_rows(tmp_path / "saved")
+
+
 def splits_of(folder, **parts):
     DatasetDict({name: Dataset.from_dict({"n": [*range(size)]}) for name, size in parts.items()}).save_to_disk(folder)
     return DataPart(train=str(folder))

@@ -9,6 +9,7 @@ import torch
 
 from hf_distill.cli.main import main
 from hf_distill.cli.report import read_columns
+from hf_distill.recipes.measure import check_device
 from tests import tiny
 from tests.cli.recipe_cases import CASES, IDS, command, save, words
 from tests.text import corpus, models
@@ -67,7 +68,6 @@ def test_text_for_a_language_model_is_tokenised(tmp_path, capsys):
         (["--columns", "text"], "write NAME=COLUMN"),
         (["--columns", "text=sentence", "--split", "dev"], "no split 'dev'"),
         (["--columns", "text=sentence", "--metric", "f2"], "f2"),
-        (["--columns", "text=sentence", "--device", "gpu"], "device='gpu' is no device"),
         (["--columns", "text=sentence", "--output_dir", __file__], f"--output_dir='{__file__}', but {__file__} is a"),
         (["--columns", "text=sentence", "--task", "fill-mas"], "Did you mean 'fill-mask'?"),
         (
@@ -82,6 +82,37 @@ def test_a_report_that_cannot_be_made_is_refused_in_words(folder, options, compl
     assert "hf-distill report: " in printed
     assert complaint in printed
     assert "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("device", "complaint"),
+    [
+        ("cuda:99", "is not on this machine. There are: cpu"),
+        ("meta", "is not on this machine. There are: cpu"),
+        ("nonsense", "is no device of torch's. There are: cpu"),
+        ("cuda:x", "is no device of torch's. There are: cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(device, complaint, tmp_path, capsys):
+    assert report(tmp_path, "--device", device) == 1  # neither models nor rows are in the folder
+    assert f"hf-distill report: --device={device!r} {complaint}" in capsys.readouterr().err
+
+
+def test_a_recipe_s_device_that_is_not_there_is_refused_before_anything_is_loaded(tmp_path, capsys):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: nowhere/t\nstudent: nowhere/s\ndata: nowhere.csv", encoding="utf-8")
+    options = ["--output_dir", str(tmp_path / "out"), "--report", "{device: cuda:99}"]
+    assert main(["train", str(recipe), *options]) == 1
+    assert "hf-distill train: report.device='cuda:99' is not on this machine. There" in capsys.readouterr().err
+
+
+def test_devices_that_are_there_are_listed_and_taken(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    for device in (None, "cpu", "cuda", "cuda:0", "cuda:1", torch.device("cuda", 1)):
+        check_device(device, "device")
+    with pytest.raises(ValueError, match=r"device='cuda:2' is not on this .*There are: cpu, cuda:0, cuda:1\.$"):
+        check_device("cuda:2", "device")
 
 
 def test_columns_are_pairs():

@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import re
 from pathlib import Path
 
 import datasets
@@ -15,6 +17,7 @@ from hf_distill.cli.main import main
 from hf_distill.recipes.models import read_layers
 from hf_distill.recipes.reading import read_recipe
 from hf_distill.recipes.run import run_recipe
+from hf_distill.recipes.values import check_folder
 from tests import tiny
 from tests.cli.recipe_cases import CASES, command, save
 from tests.tokenizers_of_text import byte_level
@@ -171,6 +174,25 @@ def test_a_folder_for_the_student_that_is_a_file_is_refused_before_anything_is_l
     assert main(["train", str(recipe), "--output_dir", str(tmp_path / place), *flags]) == 1
     complaint = f"arguments.output_dir='{tmp_path / place}', but {tmp_path / 'texts.csv'} is a file. Name a folder"
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@pytest.mark.parametrize("place", ["out", "out/below/it"])
+def test_a_folder_that_may_not_be_written_to_is_refused_before_anything_is_loaded(place, tmp_path, capsys):
+    (tmp_path / "out").mkdir(mode=0o500)
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("teacher: nowhere/t\nstudent: nowhere/s\ndata: nowhere.csv", encoding="utf-8")
+    assert main(["train", str(recipe), "--output_dir", str(tmp_path / place)]) == 1
+    complaint = f"arguments.output_dir='{tmp_path / place}', but {tmp_path / 'out'} may not be written to by"
+    assert complaint in capsys.readouterr().err
+
+
+def test_a_folder_without_permission_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda place, mode: place != tmp_path)
+    with pytest.raises(ValueError, match=re.escape(f"but {tmp_path} may not be written to by this user.")):
+        check_folder(tmp_path / "new", "output_dir")
+    (tmp_path / "new").mkdir()
+    check_folder(tmp_path / "new", "output_dir")
 
 
 def test_a_dry_run_makes_no_repository(tmp_path, monkeypatch):

@@ -89,6 +89,7 @@ class Hub:
         requests: `METHOD path` of each, as they came.
         bodies: of the same requests.
         tokens: that came with any of them.
+        read_only: names of repositories that nobody may write to.
         failures: statuses to answer with, one a request, before the pattern that a request's `METHOD path` begins with
             is served again.
     """
@@ -99,6 +100,7 @@ class Hub:
         self.requests: list[str] = []
         self.bodies: list[bytes] = []
         self.tokens: set[str] = set()
+        self.read_only: set[str] = set()
         self.failures: dict[str, list[int]] = {}
         self.large: dict[str, bytes] = {}
         self.lock = threading.RLock()
@@ -124,6 +126,11 @@ class Hub:
 
     def create_branch(self, repo: Repo, revision: str, **_: Any) -> Any:
         repo.branches[revision] = repo.branches["main"]
+        return {}
+
+    def check_write(self, name: str, **_: Any) -> Any:
+        if name in self.read_only:
+            raise HubError(403, f"You don't have write access to {name}")
         return {}
 
     def check_card(self, body: dict[str, Any], **_: Any) -> Any:
@@ -236,6 +243,8 @@ class Hub:
         if "repo" in values:
             values["name"] = values["repo"]
             values["repo"] = self.repo(values["name"], user=token and USER)
+            if writes:
+                self.check_write(values["name"])
         is_raw = make in (Hub.commit, Hub.put)
         result = make(self, body=body if is_raw else json.loads(body or b"{}"), **values)
         return result if isinstance(result, tuple) else (200, json.dumps(result).encode(), {})
@@ -259,6 +268,7 @@ ROUTES = (
     ("POST", "/lfs-verify", Hub.verify),
     ("POST", f"/api/models/{REPO}/commit/(?P<revision>[^/]+)", Hub.commit),
     ("POST", f"/api/models/{REPO}/branch/(?P<revision>[^/]+)", Hub.create_branch),
+    ("GET", f"/api/models/{REPO}/auth-check/write", Hub.check_write),
     ("GET", f"/api/models/{REPO}", Hub.info),
     ("GET", f"/api/models/{REPO}/revision/(?P<revision>[^/]+)", Hub.info),
     ("GET", f"/api/models/{REPO}/tree/(?P<revision>[^/]+)(/(?P<folder>.+))?", Hub.tree),

@@ -189,6 +189,24 @@ def forbidden(folder):
     return {"errors": errors, "weights": trainer.model.state_dict()}
 
 
+def read_only(folder):
+    """Repositories that are there and may be read alone: for a training, for stages, and for a push without either."""
+    options = {"hub_model_id": "me/read_only", "processing_class": tiny.tokenizer()}
+    return {
+        "training": failing(lambda: make_trainer(folder / "training", push_to_hub=True, **options)),
+        "stages": failing(lambda: stages(folder / "stages", "me/read_only")),
+        "trained": (folder / "stages" / "lineage.json").exists(),
+        "push": failing(make_trainer(folder / "push", **options).push_to_hub),
+    }
+
+
+def unasked(folder):
+    """A Hub that does not answer whether a repository may be written to."""
+    trainer = make_trainer(folder, hub_model_id="me/unasked", push_to_hub=True, processing_class=tiny.tokenizer())
+    trainer.train()
+    trainer.push_to_hub(commit_message="Went well")
+
+
 def forbidden_stages(folder):
     """Stages that may not have their repository; and such whose student may not be pushed, then pushed elsewhere."""
     refused = failing(lambda: stages(folder / "refused", "theirs/stages"))
@@ -229,7 +247,7 @@ CASES = {
     for case in (
         *(layers, causal, adapter, speech),
         *(strategies, resumed, resumed_adapter, stages, branch),
-        *(forbidden, forbidden_stages, flaky, background, two_processes),
+        *(forbidden, read_only, unasked, forbidden_stages, flaky, background, two_processes),
     )
 }
 
