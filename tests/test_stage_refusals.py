@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers as hf
 
-from hf_distill import DistillationConfig
+from hf_distill import DistillationConfig, publishing
 from hf_distill.lineage import Lineage
 from hf_distill.models.fingerprint import weights_fingerprint
 from hf_distill.stages import Stage, preset_stages, run_stages
@@ -307,7 +307,8 @@ def test_a_stage_with_layer_terms_goes_on_in_the_middle_with_the_same_bits(tmp_p
 
 def test_only_the_last_student_is_pushed_to_the_hub(tmp_path, monkeypatch):
     made, pushed = [], []
-    monkeypatch.setattr(hf.Trainer, "init_hf_repo", lambda trainer, **_: made.append(trainer.args.output_dir))
+    monkeypatch.setattr(hf.Trainer, "init_hf_repo", lambda trainer, *_, **__: made.append(trainer.args.output_dir))
+    monkeypatch.setattr(publishing.HfApi, "auth_check", lambda *_, **__: None)
     monkeypatch.setattr(hf.Trainer, "push_to_hub", lambda trainer, **_: pushed.append(trainer.args.output_dir))
     run(tmp_path, plan={"push_to_hub": True})
     assert made == pushed == [str(tmp_path)]
