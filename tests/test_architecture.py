@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 import hf_distill
+from tests import loading
+from tests.processes import run_alone
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hf_distill"
@@ -184,12 +186,13 @@ def test_importing_the_package_loads_no_torch():
     assert loaded_by("import hf_distill", "torch", "transformers", "evaluate", "datasets") == []
 
 
-def test_importing_the_losses_loads_no_transformers():
-    assert loaded_by("import hf_distill.losses", "torch", "transformers", "evaluate", "datasets") == ["torch"]
+def test_importing_the_losses_and_making_metrics_load_no_transformers():
+    statement = "import hf_distill.losses, hf_distill.metrics as m; m.compute_metrics_for('causal_lm')"
+    assert loaded_by(statement, "torch", "transformers", "evaluate", "datasets") == ["torch"]
 
 
 def test_the_trainer_does_not_load_evaluate():
-    assert loaded_by("from hf_distill import DistillationTrainer", "transformers", "evaluate") == ["transformers"]
+    run_alone(loading.load_the_trainer)
 
 
 def test_public_names_are_few_and_all_there():

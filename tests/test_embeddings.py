@@ -1,8 +1,6 @@
 """Models without a head, such as sentence encoders: one learns another's embeddings, and nothing reads logits."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from unittest import mock
 
@@ -16,10 +14,11 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithPadding
 
 from tests import references, tiny
-from tests.invariants.embeddings_two_processes import CASES, EACH_TEXT, train
+from tests.invariants.embeddings_two_processes import CASES, EACH_TEXT, save_results, train
 from tests.invariants.steps import Run, assert_same_steps, distil, longer, with_dropout
 from tests.invariants.test_export import load_without_us
 from tests.invariants.test_resume import PLAN, STEPS, STOP
+from tests.processes import run_twice
 from tests.training import GradientRecorder, assert_same_gradients, batch_of, logged, make_trainer, plain_trainer
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -214,9 +213,7 @@ class TestExactness:
 
     def test_two_processes_do_what_one_does(self, tmp_path, output_dir, subtests):
         path = tmp_path / "results.pt"
-        command = [sys.executable, "-m", "tests.invariants.embeddings_two_processes", str(path)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-        assert done.returncode == 0, done.stderr[-4000:]
+        run_twice(save_results, path)
         results = torch.load(path, weights_only=True)
         assert results["processes"] == 2
         for case, (*_, splits) in CASES.items():

@@ -1,18 +1,14 @@
-"""Two processes with 4 rows each against one with 8. `python -m tests.test_gathering FILE` is what the two run."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Two processes with 4 rows each against one with 8."""
 
 import pytest
 import torch
-from accelerate import Accelerator, DataLoaderConfiguration, debug_launcher
+from accelerate import Accelerator, DataLoaderConfiguration
 
 from hf_distill.gathering import gather_rows
 from hf_distill.losses.batch_relations import cka, contrastive, rkd_angle, rkd_distance, similarity_preserving
 from hf_distill.losses.domain import coral, mmd
+from tests.processes import run_twice
 
-ROOT = Path(__file__).resolve().parents[1]
 LOSSES = (contrastive, rkd_distance, rkd_angle, similarity_preserving, cka)
 DOMAIN_LOSSES = (mmd, coral)
 VALID = torch.tensor([True, True, True, False, True, True, True, True])
@@ -88,9 +84,7 @@ def save_results(path):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     path = tmp_path_factory.mktemp("gathering") / "results.pt"
-    command = [sys.executable, "-m", "tests.test_gathering", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = [torch.load(f"{path}.{rank}", weights_only=True) for rank in range(2)]
     assert [result["processes"] for result in results] == [2, 2]
     return results
@@ -127,8 +121,3 @@ def test_batches_that_may_be_uneven_are_refused_before_anybody_waits(ranks):
 def test_one_process_has_all_rows_already():
     rows = torch.randn(3, 4, requires_grad=True)
     assert gather_rows(rows, Accelerator(cpu=True)) is rows
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

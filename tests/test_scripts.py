@@ -1,10 +1,12 @@
-"""The scripts as a user runs them: on local files, alone and under `accelerate launch` with two processes."""
+"""The scripts as a user runs them: on local files, alone and with two processes, as by `accelerate launch`."""
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny
@@ -13,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedTokenizerFast
 
 from hf_distill.demo.models import train_wordpiece
+from tests.processes import run_twice
 
 ROOT = Path(__file__).parents[1]
 TWO_PROCESSES = [
@@ -24,9 +27,15 @@ TWO_PROCESSES = [
 pytestmark = pytest.mark.slow
 
 
-def _run(script: str, *options: str, processes: int = 1) -> None:
-    launcher = TWO_PROCESSES if processes == 2 else []
-    command = [sys.executable, *launcher, str(ROOT / "scripts" / script), *options]
+def _run_alone(script: str, *options: str) -> None:
+    """As `python scripts/...` does, in this process: what the script needs is imported already."""
+    path = str(ROOT / "scripts" / script)
+    with mock.patch.object(sys, "argv", [path, *options]):
+        runpy.run_path(path, run_name="__main__")
+
+
+def _launch(script: str, *options: str) -> None:
+    command = [sys.executable, *TWO_PROCESSES, str(ROOT / "scripts" / script), *options]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
@@ -85,13 +94,12 @@ def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_a
     labels = {i: f"class {i}" for i in range(3)}
     tokenizer = train_wordpiece([text for text, _ in lines], vocabulary_size=90)
     _save_pair(tmp_path, lambda width: tiny.bert(hidden=width, id2label=labels), tokenizer)
-    for output, batch_size, processes in (("alone", 16, 1), ("together", 8, 2)):
-        _run(
+    for output, batch_size, run in (("alone", 16, _run_alone), ("together", 8, _launch)):
+        run(
             "distill_text_classification.py",
             *_options(tmp_path, output, batch_size),
             f"--dataset={dataset}",
             f"--item_weights={json.dumps(weights)}",
-            processes=processes,
         )
     _assert_same_run(tmp_path / "alone", tmp_path / "together")
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone")
@@ -103,16 +111,10 @@ def test_language_model_on_a_text_file_gives_one_result_on_one_and_two_processes
     dataset.write_text("\n".join(f"the {i} cats sat on the {i * 7 % 13} mats and ran" for i in range(300)))
     tokenizer = train_wordpiece(dataset.read_text().splitlines(), vocabulary_size=90)
     _save_pair(tmp_path, lambda width: tiny.llama(hidden=width, vocab_size=len(tokenizer)), tokenizer)
-    for output, batch_size, processes in (("alone", 8, 1), ("together", 4, 2)):
-        _run(
-            "distill_language_model.py",
-            *_options(tmp_path, output, batch_size),
-            f"--dataset={dataset}",
-            "--packing",
-            "--packing_strategy=wrapped",
-            "--max_length=16",
-            processes=processes,
-        )
+    more = (f"--dataset={dataset}", "--packing", "--packing_strategy=wrapped", "--max_length=16")
+    script = "distill_language_model.py"
+    _run_alone(script, *_options(tmp_path, "alone", 8), *more)
+    run_twice(_run_alone, script, *_options(tmp_path, "together", 4), *more, "--ddp_backend=gloo")
     _assert_same_run(tmp_path / "alone", tmp_path / "together")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.vocab_size == len(tokenizer)
 
@@ -123,7 +125,7 @@ def test_a_language_model_goes_on_from_its_last_checkpoint(tmp_path):
     tokenizer = train_wordpiece(dataset.read_text().splitlines(), vocabulary_size=90)
     _save_pair(tmp_path, lambda width: tiny.llama(hidden=width, vocab_size=len(tokenizer)), tokenizer)
     options = [*_options(tmp_path, "out", 4), f"--dataset={dataset}"]
-    _run("distill_language_model.py", *options)
-    _run("distill_language_model.py", *options, "--max_steps=6", "--resume_from_checkpoint=true")
+    _run_alone("distill_language_model.py", *options)
+    _run_alone("distill_language_model.py", *options, "--max_steps=6", "--resume_from_checkpoint=true")
     log = json.loads((tmp_path / "out/checkpoint-6/trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]

@@ -1,12 +1,8 @@
-"""Two processes train, and one of them measures and writes. `python -m tests.card.evidence_two_processes FOLDER`."""
+"""Two processes train, and one of them measures and writes."""
 
-import gc
 import json
-import sys
-from pathlib import Path
 
 import torch
-from accelerate import debug_launcher
 
 from tests import tiny
 from tests.training import make_trainer
@@ -28,9 +24,3 @@ def run(folder):
     rank = torch.distributed.get_rank()
     found = {"report": report.to_dict(), "refused": refused, "processes": torch.distributed.get_world_size()}
     (folder / f"rank-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(run, args=(Path(sys.argv[1]),), num_processes=2)

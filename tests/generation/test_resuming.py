@@ -1,15 +1,11 @@
 """A run that was cut off goes on to what it would have been; another run is refused the folder."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 from hf_distill.generation.answers import generate_answers
+from tests.generation.two_processes import write
 from tests.generation.writers import SAMPLED, SMALL, causal, encoder_decoder, files, some_prompts, words
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_twice
 
 
 class CutOffError(Exception):
@@ -117,8 +113,6 @@ def test_two_processes_write_what_one_does(tmp_path):
     options = {"tokenizer": words(), **SMALL, **SAMPLED}
     generate_answers(causal(), some_prompts(15), tmp_path / "one", **options)
     cut_off(causal(), some_prompts(15), tmp_path / "cut", after=20, **options)
-    command = [sys.executable, "-m", "tests.generation.two_processes", str(tmp_path / "two"), str(tmp_path / "cut")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(write, tmp_path / "two", tmp_path / "cut")
     assert files(tmp_path / "two") == files(tmp_path / "one")
     assert files(tmp_path / "cut") == files(tmp_path / "one")

@@ -1,10 +1,6 @@
-"""`python -m tests.invariants.embeddings_two_processes FILE`: models without a head, trained by two processes."""
-
-import gc
-import sys
+"""Models without a head, trained by two processes."""
 
 import torch
-from accelerate import debug_launcher
 
 from tests import tiny
 from tests.invariants.steps import distil
@@ -45,9 +41,3 @@ def save_results(path):
     }
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

@@ -1,10 +1,6 @@
-"""`python -m tests.invariants.layers_two_processes FILE`: terms between layers, trained by two processes over gloo."""
-
-import gc
-import sys
+"""Terms between layers, trained by two processes over gloo."""
 
 import torch
-from accelerate import debug_launcher
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
 from tests import tiny
@@ -16,7 +12,7 @@ TRAINING_ROWS = 11  # a step of 8 rows, and one of 3 that the processes fill up 
 HEADS = ("bert", "bert-choices", "llama", "t5", "vit", "wav2vec2-ctc", "whisper")
 # Stage one of TinyBERT: the head gets no gradient, and DDP must not wait for one.
 LAYERS_ONLY = {"hidden_weight": 1.0, "attention_weight": 1.0, "task_weight": 0.0, "kd_weight": 0.0}
-CASES = {f"{name}, layers only": (name, LAYERS_ONLY, SPLITS) for name in HEADS} | {
+CASES = {f"{name}, layers only": (name, LAYERS_ONLY, SPLITS if name == "bert" else ((2, 2),)) for name in HEADS} | {
     "bert, every item": ("bert", {"distillation_config": config(*ITEM_SCOPED)}, SPLITS),
     "llama, every item": ("llama", {"distillation_config": config(*ITEM_SCOPED)}, SPLITS),
     "bert, whole batch": ("bert", {"distillation_config": config(*BATCH_SCOPED)}, ((4, 1),)),
@@ -59,9 +55,3 @@ def save_results(path):
     }
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

@@ -1,10 +1,6 @@
-"""`python -m tests.invariants.objectives_two_processes FILE`: what changes from item to item, by two processes."""
-
-import gc
-import sys
+"""What changes from item to item, by two processes."""
 
 import torch
-from accelerate import debug_launcher
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
 from tests import tiny
@@ -72,9 +68,3 @@ def save_results(path):
     }
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

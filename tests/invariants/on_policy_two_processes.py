@@ -1,10 +1,6 @@
-"""`python -m tests.invariants.on_policy_two_processes FILE`: on-policy steps of two processes over gloo."""
-
-import gc
-import sys
+"""On-policy steps of two processes over gloo."""
 
 import torch
-from accelerate import debug_launcher
 
 from tests import tiny
 from tests.invariants.steps import distil
@@ -31,9 +27,3 @@ def save_results(path):
     results = {str(case): steps_of(*case, f"{path}.output", ddp_backend="gloo") for case in cases}
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

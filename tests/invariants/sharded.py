@@ -1,14 +1,12 @@
-"""`python -m tests.invariants.sharded FILE`: language models of which two processes hold a shard each (FSDP2)."""
+"""Language models of which two processes hold a shard each (FSDP2)."""
 
-import gc
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import peft
 import torch
-from accelerate import PartialState, debug_launcher
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -161,10 +159,3 @@ def save_results(path):
     results["saved"] = saved_and_resumed(Path(f"{path}.saved"))
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    models_of("llama")[1].save_pretrained(f"{sys.argv[1]}.output.teacher")
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

@@ -1,10 +1,6 @@
-"""`python -m tests.invariants.stream_over_two_processes FILE`: a stream that the main process deals out in batches."""
-
-import gc
-import sys
+"""A stream that the main process deals out in batches."""
 
 import torch
-from accelerate import debug_launcher
 from torch.utils.data import IterableDataset
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
@@ -55,9 +51,3 @@ def save_results(path):
     }
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # else each training collects garbage over all that was imported
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

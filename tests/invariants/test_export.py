@@ -1,8 +1,7 @@
 """What a distillation saves is what `Trainer` saves: a student that loads without us, and nothing of the teacher."""
 
 import json
-import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import peft
@@ -13,31 +12,18 @@ from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
-from tests import tiny
+from tests import loading, tiny
+from tests.processes import run_alone
 from tests.training import SILENT
 
 PLAN = {**SILENT, "save_strategy": "steps", "save_steps": 2, "max_steps": 2, "learning_rate": 1e-2}
-# Importing hf_distill fails here. Prints, for each folder, what from_pretrained had to say.
-LOADER = """
-import json, sys
-sys.modules["hf_distill"] = None
-import peft, transformers
-said = {}
-for folder, architecture in json.loads(sys.argv[1]).items():
-    model, information = getattr(transformers, architecture).from_pretrained(folder, output_loading_info=True)
-    said[folder] = {key: sorted(map(str, value)) for key, value in information.items()}
-for folder in json.loads(sys.argv[2]):
-    peft.AutoPeftModelForCausalLM.from_pretrained(folder)
-print(json.dumps(said))
-"""
 
 
 def load_without_us(folders, adapters=()):
     """What `from_pretrained` reports about each folder, in an interpreter that cannot import hf_distill."""
-    command = [sys.executable, "-c", LOADER, json.dumps(folders), json.dumps([*adapters])]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    with tempfile.TemporaryDirectory() as folder:
+        run_alone(loading.write_reports, Path(folder, "said.json"), folders, [*adapters])
+        return json.loads(Path(folder, "said.json").read_text(encoding="utf-8"))
 
 
 def trained(models, kind, output_dir):

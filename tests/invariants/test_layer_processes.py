@@ -1,22 +1,17 @@
 """Two processes take the step that one takes, with terms between layers; those over a batch see all rows."""
 
-import subprocess
-import sys
-from pathlib import Path
-
+import pytest
 import torch
 
-from tests.invariants.layers_two_processes import CASES, train
+from tests.invariants.layers_two_processes import CASES, save_results, train
 from tests.invariants.steps import Run, assert_same_steps
+from tests.processes import run_twice
 
-ROOT = Path(__file__).resolve().parents[2]
 
-
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path, output_dir, subtests):
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.invariants.layers_two_processes", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     for case, (name, settings, splits) in CASES.items():

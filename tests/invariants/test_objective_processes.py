@@ -1,25 +1,19 @@
 """Two processes take the step that one takes, with weights, temperatures and balances that follow the data."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.invariants.objectives_two_processes import CASES, ON_WHOLE_BATCHES, splits_of, train
+from tests.invariants.objectives_two_processes import CASES, ON_WHOLE_BATCHES, save_results, splits_of, train
 from tests.invariants.steps import Run, assert_same_steps
+from tests.processes import run_twice
 
-ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("eval_loss", "eval_kd", "eval_agreement")
 LOGGED = ("temperature", "temperature_min", "temperature_max", "weight_task", "weight_kd", "weight_hidden")
 
 
 def test_two_processes_do_what_one_does(tmp_path, output_dir, subtests):
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.invariants.objectives_two_processes", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     for case in CASES:

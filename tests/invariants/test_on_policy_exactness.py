@@ -1,8 +1,6 @@
 """On-policy steps are the same however their rows are cut, after a resume, and on several processes."""
 
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +8,12 @@ import pytest
 import torch
 
 from tests import tiny
-from tests.invariants.on_policy_two_processes import SPLITS, steps_of
+from tests.invariants.on_policy_two_processes import SPLITS, save_results, steps_of
 from tests.invariants.steps import Run, assert_same_steps, distil, with_dropout
 from tests.invariants.test_resume import logged, models_of, trainer_of
 from tests.on_policy_cases import ALWAYS, GREEDY, on_policy_trainer, prompt_rows, window
+from tests.processes import run_twice
 
-ROOT = Path(__file__).resolve().parents[2]
 HALF = {"lmbda": 0.5, "max_new_tokens": 5}
 
 
@@ -95,9 +93,7 @@ def test_answers_are_written_without_dropout(output_dir):
 
 def test_two_processes_write_and_count_what_one_does(tmp_path, output_dir, subtests):
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.invariants.on_policy_two_processes", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     one = steps_of("always", 8, 1, output_dir)

@@ -1,16 +1,12 @@
 """Two processes take the step that one takes, log its terms and evaluate to its metrics."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.invariants.steps import Run, assert_same_steps
-from tests.invariants.two_processes import CASES, SPLITS, train_and_evaluate
+from tests.invariants.two_processes import CASES, save_results, train_and_evaluate
+from tests.processes import run_twice
 
-ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("eval_loss", "eval_kd", "eval_agreement")
 
 
@@ -18,21 +14,20 @@ def run_of(result):
     return Run(gradients=result["gradients"], logs=result["logs"])
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does(tmp_path, output_dir, subtests):
     """One launch for all heads; the rows divide neither into the last step's batches nor into the evaluation's."""
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.invariants.two_processes", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     uninterrupted, resumed = results["resumed"]
     assert len(uninterrupted) == 3  # 4 rows each, the last of 3 and a repeated one
     assert resumed == uninterrupted
-    for name, labels in CASES:
+    for (name, labels), splits in CASES.items():
         one = train_and_evaluate(name, labels, 8, 1, output_dir)
         assert len(one["gradients"]) == 2
-        for batch, accumulation in SPLITS:
+        for batch, accumulation in splits:
             case = f"{name}, {labels}, {batch}x{accumulation}"
             with subtests.test(case):
                 two = results[case]

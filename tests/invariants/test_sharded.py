@@ -1,36 +1,40 @@
 """A student of which every process holds a shard (FSDP2) is trained as a whole one, and without its logits."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.invariants.sharded import CASES, LENGTH, train_and_evaluate
+from tests.invariants.sharded import CASES, LENGTH, models_of, save_results, train_and_evaluate
 from tests.invariants.steps import Run, assert_same_steps, relative_difference
+from tests.processes import run_twice
 
-ROOT = Path(__file__).resolve().parents[2]
 METRICS = ("eval_loss", "eval_kd", "eval_agreement")
 DENSE = {"a dense loss", "a teacher in shards"}
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory):
+def test_two_shards_do_what_one_whole_student_does_without_its_logits(tmp_path, output_dir, subtests):
     """One launch for all cases."""
-    path = tmp_path_factory.mktemp("sharded") / "results.pt"
-    command = [sys.executable, "-m", "tests.invariants.sharded", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    found = torch.load(path, weights_only=True)
-    assert found["processes"] == 2
-    return found
+    path = tmp_path / "results.pt"
+    models_of("llama")[1].save_pretrained(f"{path}.output.teacher")
+    run_twice(save_results, path)
+    results = torch.load(path, weights_only=True)
+    assert results["processes"] == 2
+    for name, case in CASES.items():
+        with subtests.test(name):
+            assert_same_training(name, results[name], train_and_evaluate(case, output_dir, batch=8))
+        if name not in DENSE:
+            with subtests.test(f"{name}: no logits of tokens by vocabulary are made"):
+                assert results[name]["reason"] is None
+                assert 0 < results[name]["rows"] < case.batch * LENGTH
+    with subtests.test("what is saved is the whole student and resumes as it was"):
+        found = results["saved"]
+        assert found["lost"] == []
+        for key, value in found["whole"].items():
+            assert torch.equal(found["resumed"][key], value), key
+            assert torch.equal(found["saved"][key], value), key
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_two_shards_do_what_one_whole_student_does(name, results, output_dir):
-    two, one = results[name], train_and_evaluate(CASES[name], output_dir, batch=8)
+def assert_same_training(name, two, one):
     # An adapter's teacher is the student's own base.
     assert two["sharded"] == [True, CASES[name].student == "adapters" or CASES[name].teacher is not None]
     assert one["sharded"] == [False, False]
@@ -46,17 +50,3 @@ def test_two_shards_do_what_one_whole_student_does(name, results, output_dir):
     for metrics, expected in zip(two["metrics"], one["metrics"], strict=True):
         known = {key: expected[key] for key in METRICS}
         assert {key: metrics.get(key) for key in known} == pytest.approx(known, rel=1e-5, abs=5e-7)
-
-
-@pytest.mark.parametrize("name", [name for name in CASES if name not in DENSE])
-def test_no_logits_of_tokens_by_vocabulary_are_made(name, results):
-    assert results[name]["reason"] is None
-    assert 0 < results[name]["rows"] < CASES[name].batch * LENGTH
-
-
-def test_what_is_saved_is_the_whole_student_and_resumes_as_it_was(results):
-    found = results["saved"]
-    assert found["lost"] == []
-    for key, value in found["whole"].items():
-        assert torch.equal(found["resumed"][key], value), key
-        assert torch.equal(found["saved"][key], value), key

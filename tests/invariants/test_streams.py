@@ -1,23 +1,16 @@
 """A partly labelled stream over two processes, whose batches one of them makes, joins and deals out."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.invariants.stream_over_two_processes import NAMES, WITHOUT_LABELS, train_and_evaluate
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.invariants.stream_over_two_processes import NAMES, WITHOUT_LABELS, save_results, train_and_evaluate
+from tests.processes import run_twice
 
 
 def test_it_does_not_matter_on_whose_rows_labels_are_missing(tmp_path, output_dir, subtests):
     """Joined batches have the first one's keys: a mask in one batch alone would be lost, or missed in the other."""
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.invariants.stream_over_two_processes", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     for name in NAMES:

@@ -1,19 +1,12 @@
-"""Modules beside a student in a `Trainer`: resumed, exported, and trained by two processes.
+"""Modules beside a student in a `Trainer`: resumed, exported, and trained by two processes."""
 
-`python -m tests.models.test_modules_in_training FILE` is the training of the two.
-"""
-
-import gc
 import logging
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 import transformers as hf
-from accelerate import debug_launcher
 from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,9 +23,9 @@ from hf_distill.models.modules import (
 )
 from tests import tiny
 from tests.models.test_modules import modules_for, student_of
+from tests.processes import run_twice
 from tests.training import SILENT, GradientRecorder, assert_same_gradients, batch_of
 
-ROOT = Path(__file__).resolve().parents[2]
 STEPS, STOP = 6, 2
 PLAN = {
     **SILENT,
@@ -310,9 +303,7 @@ def squared_modules(student, hook, inputs):
 
 def test_two_processes_give_the_modules_the_gradients_of_one(tmp_path, subtests):
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.models.test_modules_in_training", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     for case in CASES:
@@ -333,9 +324,3 @@ def test_two_processes_give_the_modules_the_gradients_of_one(tmp_path, subtests)
         assert_same_gradients(gradients, expected)
         assert_same_bits(after, before)
         assert_same_bits(load_file(Path(f"{path}.sharded", FILE_NAME)), {k: before[k] for k in sorted(before)})
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)

@@ -3,8 +3,6 @@
 import copy
 import gc
 import itertools
-import subprocess
-import sys
 import time
 import weakref
 from pathlib import Path
@@ -19,12 +17,13 @@ from hf_distill.report.baselines import BASELINES
 from hf_distill.report.derived import grid, speed_up
 from hf_distill.report.live import report_of
 from hf_distill.report.results import Report
+from tests.processes import run_twice
+from tests.report import text_two_processes
 from tests.report.quick import quick
 from tests.report.report_cases import classifiers
 from tests.tiny import pair, rows, t5
 from tests.training import make_trainer
 
-ROOT = Path(__file__).parents[2]
 QUICK = {"baselines": (), "batch_sizes": (1,), "repeats": 1, "warm_up": 0}
 
 
@@ -202,8 +201,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, monkey
 
 @pytest.mark.slow
 def test_text_is_measured_by_one_of_two_processes(tmp_path):
-    command = [sys.executable, "-m", "tests.report.text_two_processes", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=120)
+    run_twice(text_two_processes.run, tmp_path)
     first, second = ((tmp_path / f"rank-{rank}.json").read_text(encoding="utf-8") for rank in (0, 1))
     assert first == second
 

@@ -1,12 +1,8 @@
-"""Two processes report on raw text, which one of them measures. `python -m tests.report.text_two_processes FOLDER`."""
+"""Two processes report on raw text, which one of them measures."""
 
-import gc
 import json
-import sys
-from pathlib import Path
 
 import torch
-from accelerate import debug_launcher
 from datasets import Dataset
 
 from tests.text import corpus, models
@@ -32,9 +28,3 @@ def run(folder):
     report = trainer.report(text, **CHEAP)
     rank = torch.distributed.get_rank()
     (folder / f"rank-{rank}.json").write_text(json.dumps(report.to_dict()), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()
-    debug_launcher(run, args=(Path(sys.argv[1]),), num_processes=2)

@@ -1,23 +1,16 @@
 """Packed and padding-free batches over two processes, whose last ones repeat rows."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
-from tests.text.two_processes import STREAM, WAYS, train
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_twice
+from tests.text.two_processes import STREAM, WAYS, save_results, train
 
 
 @pytest.mark.slow
 def test_two_processes_make_the_steps_of_one(tmp_path, subtests):
     path = tmp_path / "results.pt"
-    command = [sys.executable, "-m", "tests.text.two_processes", str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, path)
     results = torch.load(path, weights_only=True)
     assert results["processes"] == 2
     one = train("padded", 8, tmp_path)

@@ -1,10 +1,6 @@
-"""`python -m tests.text.two_processes FILE`: packed and padding-free batches of two processes over gloo."""
-
-import gc
-import sys
+"""Packed and padding-free batches of two processes over gloo."""
 
 import torch
-from accelerate import debug_launcher
 from datasets import Dataset
 
 from hf_distill import DistillationTrainer
@@ -61,8 +57,3 @@ def save_results(path):
     results["free stream"] = refusal_of_a_stream(folder, ddp_backend="gloo", **free)
     if torch.distributed.get_rank() == 0:
         torch.save(results | {"processes": torch.distributed.get_world_size()}, path)
-
-
-if __name__ == "__main__":
-    gc.freeze()
-    debug_launcher(save_results, args=(sys.argv[1],), num_processes=2)
