@@ -83,7 +83,7 @@ def test_every_loss_has_a_float64_twin_a_paper_and_a_case_of_each_option(spec):
 
 
 @every_loss_of_one_item_and_its_options
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=cases())
 def test_values_and_gradients_are_those_of_the_float64_twin_and_no_value_is_negative(loss, case):
     keywords, rows = loss.keywords(case), decided(loss.spec, case)
@@ -131,7 +131,7 @@ def test_autocast_changes_nothing(loss):
 
 
 @variants(lambda spec: looks_at_one_item(spec) and spec.name not in NOT_ZERO_AT_EQUALITY)
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(case=cases())
 def test_equal_logits_give_zero_value_and_gradient(loss, case):
     case.teacher = case.student
