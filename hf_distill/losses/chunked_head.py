@@ -154,14 +154,15 @@ def _walk(
     for head, gradients in ((student, needs_gradient), (teacher, False)):
         head.reserve(chunk, gradients=gradients)
     has_labels = not may_read(items.task) or bool(items.task.any())
-    factors = block.factors(items.task.device, has_labels=has_labels)
+    dtypes = (student.logits_dtype, teacher.logits_dtype)
+    given = block.factors(dtypes, items.task.device, has_labels=has_labels)
     for places in _places(kept, chunk, len(items.task)):
         hidden = student.hidden(places)
-        logits = student.logits(hidden, factor=factors.student)
-        teacher_logits = teacher.logits(teacher.hidden(places), factor=factors.teacher)
+        logits = student.logits(hidden, factor=given.student if given else 1.0)
+        teacher_logits = teacher.logits(teacher.hidden(places), factor=given.teacher if given else 1.0)
         direction = student.direction(logits) if student.gradients else None
         chosen = HeadItems(*(column[places] for column in items))
-        share = block.walk(logits, teacher_logits, chosen, direction, factors=factors)
+        share = block.walk(logits, teacher_logits, chosen, direction, has_labels=has_labels, given=given)
         if isinstance(places, Tensor):  # else they are the items' own memory
             for column, written in zip(items[-4:], chosen[-4:], strict=True):
                 column[places] = written

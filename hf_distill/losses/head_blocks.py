@@ -15,6 +15,8 @@ _LOG_2 = math.log(2)
 _NO_TARGET = -100
 # Between these a sum of exponentials is as exact as one whose largest is 1, and so are its quotients with another.
 _SMALLEST_SUM, _LARGEST_SUM = 2.0**-24, 2.0**40
+# Powers of two sides whose sums differ by more have differences that round to more than their distances do.
+_LARGEST_QUOTIENT = 2.0**4
 
 # (rows, shared) logits of student and teacher and targets (rows,) -> (rows,) values.
 Values = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -53,18 +55,22 @@ class Rows(NamedTuple):
         self.temperature.copy_(temperature.unsqueeze(-1))
         torch.reciprocal(self.temperature, out=self.inverse_temperature)
 
-    def powers(self, logits: Tensor, factor: float, *, spare: int) -> Tensor:
+    def powers(self, logits: Tensor, factor: float | None, *, spare: int) -> Tensor:
         """The logits of either side times a factor, in their own memory if it may be, or else in the spare buffer.
 
-        If the factor is not 1, the largest of each row is about 0.
+        Args:
+            logits: of either side.
+            factor: makes the largest of each row about 0 too; None for logits that came multiplied.
+            spare: the buffer.
         """
         is_whole = self.direction is None or logits.dtype == self.direction.dtype
         in_place = logits.dtype == self.scratch.dtype and (is_whole or logits is self.teacher)
         out = logits if in_place else self.buffer(spare, logits)
         if logits.dtype != out.dtype:  # bfloat16 costs half the time if it is converted first
             logits = out.copy_(logits)
-        if factor != 1:
-            # What rounding the maximum does is the same in a whole row, and so nothing to its softmax.
+        if factor is not None:
+            # What rounding the maximum does is the same in a whole row, and so nothing to its softmax; the product is
+            # not rounded where there are fused multiply-adds.
             return torch.add(logits.amax(-1, keepdim=True).mul_(-factor), logits, alpha=factor, out=out)
         return logits if logits is out else out.copy_(logits)
 
@@ -74,8 +80,8 @@ def write_together(
     formula: Formula,
     *,
     kd: Tensor,
-    factors: tuple[float, float],
-    softening: float | None,
+    factors: tuple[float, float] | None,
+    softening: float | Tensor,
     has_labels: bool,
 ) -> None:
     """The two terms at once.
@@ -84,28 +90,30 @@ def write_together(
         rows: the block.
         formula: of the divergence.
         kd: (rows, 1) the weight of its gradient by the softened logits.
-        factors: what makes the logits of student and teacher powers of two, the teacher's softened ones and, without
-            labels, the student's.
-        softening: what is then left to soften the student's by; None where each row of both has a temperature.
-        has_labels: whether any row counts in the cross-entropy.
+        factors: what makes the logits of student and teacher powers of two; None for those that came so.
+        softening: what is then left to soften both by, a number or (rows, 1).
+        has_labels: whether any row counts in the cross-entropy, which is of the powers before.
     """
     shared = rows.teacher.shape[-1]
     compared = rows.student if has_labels else leading(rows.student, shared)
-    student, teacher = rows.powers(compared, factors[0], spare=0), rows.powers(rows.teacher, factors[1], spare=2)
-    labelled = _write_cross_entropy(rows, student) if has_labels else None
-    student = leading(student, shared)
-    if softening is None:
-        student.mul_(rows.inverse_temperature)
-        teacher.mul_(rows.inverse_temperature)
-    elif softening != 1:
+    of_student, of_teacher = factors or (None, None)
+    student, teacher = rows.powers(compared, of_student, spare=0), rows.powers(rows.teacher, of_teacher, spare=2)
+    labelled = _write_cross_entropy(rows, student, teacher) if has_labels else None
+    is_part = student.shape[-1] > shared
+    student, scratch = leading(student, shared), rows.buffer(4, teacher)
+    is_softened = isinstance(softening, Tensor) or softening != 1
+    if is_softened:
         student.mul_(softening)
-    scratch = rows.buffer(4, teacher)
-    is_same = softening == 1 and labelled is not None and labelled[0].shape == teacher.shape
-    of_student = labelled if is_same and labelled is not None else _exponentials(student, out=scratch)
-    of_teacher = _exponentials(teacher, out=rows.buffer(3, teacher))
+        teacher.mul_(softening)
+    if labelled is None or is_part or is_softened:
+        own = _exponentials(student, out=scratch, is_part=is_part)
+    else:
+        own = labelled
+    other = _exponentials(teacher, out=rows.buffer(3, teacher))
+    _bring_near(teacher, *other, own[1])
     out = None if rows.direction is None else leading(rows.direction, shared)
-    gradient = out if labelled is None and rows.share is not None and out is not None else of_teacher[0]
-    exps, totals = zip(of_student, of_teacher, strict=True)
+    gradient = out if labelled is None and rows.share is not None and out is not None else other[0]
+    exps, totals = zip(own, other, strict=True)
     result = formula(
         Exponentials(student, teacher, *exps, *totals, scratch, gradient, rows.divergence, out is not None)
     )
@@ -166,30 +174,56 @@ def write_apart(rows: Rows, values_of: Values, *, has_labels: bool) -> None:
         direction.copy_(exps)
 
 
-def _exponentials(powers: Tensor, *, out: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentials(
+    powers: Tensor, *, out: Tensor, beside: Tensor | None = None, is_part: bool = False
+) -> tuple[Tensor, Tensor]:
     """Writes 2 ** powers, and returns it with its sums, (rows, 1).
 
     On a CPU the powers of a row whose sum is too large or too small are made less by their maximum, in place: looking
     whether there is one costs nothing, and the maximum a pass. A row's result does not depend on the others. Elsewhere
-    looking would wait, and powers have to come with maxima of 0.
+    looking would wait, and powers have to come with maxima of about 0.
 
     On a CPU `exp2` costs a third of `softmax`; so does `exp`, but 30 times as much where its results are denormal or 0
     (torch 2.13 with MKL).
+
+    Args:
+        powers: (rows, classes).
+        out: as `powers`.
+        beside: (rows, any) powers that are made less in the same rows, each by its own maximum: equal ones stay equal.
+        is_part: whether the powers may lack their row's maximum.
     """
+    if not may_read(powers):
+        if is_part:
+            powers.sub_(powers.amax(-1, keepdim=True))
+        return out, torch.exp2(powers, out=out).sum(-1, keepdim=True)
     total = torch.exp2(powers, out=out).sum(-1, keepdim=True)
-    if not may_read(total):
-        return out, total
     smallest, largest = total.aminmax()
     if float(smallest) >= _SMALLEST_SUM and float(largest) <= _LARGEST_SUM:  # neither where one is NaN
         return out, total
     is_fine = (total >= _SMALLEST_SUM) & (total <= _LARGEST_SUM)
-    powers.sub_(powers.amax(-1, keepdim=True).masked_fill_(is_fine, 0.0))
+    for side in (powers,) if beside is None else (powers, beside):
+        side.sub_(side.amax(-1, keepdim=True).masked_fill_(is_fine, 0.0))
     return out, torch.exp2(powers, out=out).sum(-1, keepdim=True)
 
 
-def _write_cross_entropy(rows: Rows, powers: Tensor) -> tuple[Tensor, Tensor]:
+def _bring_near(powers: Tensor, exps: Tensor, total: Tensor, other: Tensor) -> None:
+    """Divides the exponentials of rows whose sum is far from that of the other side's by a power of two."""
+    if not may_read(total):
+        return
+    quotient = total / other
+    smallest, largest = quotient.aminmax()
+    if float(smallest) >= 1 / _LARGEST_QUOTIENT and float(largest) <= _LARGEST_QUOTIENT:
+        return
+    offset = quotient.log2_().round_()
+    offset = torch.where(offset.abs() > math.log2(_LARGEST_QUOTIENT), offset, 0.0)  # 0 where it is NaN
+    powers.sub_(offset)
+    for scaled in (exps, total):
+        scaled.mul_(offset.neg().exp2_())
+
+
+def _write_cross_entropy(rows: Rows, powers: Tensor, beside: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Writes the cross-entropy of the student's powers, and returns what `_exponentials` does."""
-    exps, total = _exponentials(powers, out=rows.buffer(1, powers))
+    exps, total = _exponentials(powers, out=rows.buffer(1, powers), beside=beside)
     torch.mul(total.log2().sub_(powers.gather(-1, rows.own_targets)), _LOG_2, out=rows.cross_entropy)
     return exps, total
 

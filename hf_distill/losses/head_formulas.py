@@ -94,7 +94,7 @@ def _mixture(block: Exponentials, *, mixture: Mixture) -> tuple[Tensor, Tensor |
     w = torch.sub(teacher, student, out=block.scratch).div_(m.clamp_(min=torch.finfo(m.dtype).tiny))
     # Where a ratio is 0, a probability of 0 multiplies its logarithm, which has to be finite for that.
     nearly_one = 1 - 4 * torch.finfo(m.dtype).eps  # also after another rounding
-    w.clamp_(min=-nearly_one, max=nearly_one / ratio)
+    w.clamp_(min=-nearly_one, max=min(nearly_one / ratio, torch.finfo(m.dtype).max))
     block.value.zero_()
     if mixture.teacher_weight:
         terms = _log_of_ratio(w, 1.0, mixture, out=block.teacher).mul_(teacher)

@@ -16,12 +16,13 @@ class ChunkedHead:
         logits_dtype: of the logits, `dtype` or wider.
 
     Attributes:
+        logits_dtype: of the logits.
         gradients: by the names of `LogitFactors`, for each tensor of the side that asks for one. Those of weight and
             bias, which are sums over chunks, are as wide as the logits, the bias's at least float32.
     """
 
     def __init__(self, factors: LogitFactors, *, classes: int, dtype: torch.dtype, logits_dtype: torch.dtype) -> None:
-        self._factors, self._dtype, self._logits_dtype = factors, dtype, logits_dtype
+        self._factors, self._dtype, self.logits_dtype = factors, dtype, logits_dtype
         self._hidden = factors.hidden.detach().flatten(0, -2)
         self._weight = factors.weight.detach()[:classes].to(dtype)
         self._bias = None if factors.bias is None else factors.bias.detach()[:classes].to(logits_dtype)
@@ -31,11 +32,11 @@ class ChunkedHead:
     @property
     def row_bytes(self) -> int:
         """What one item's logits take."""
-        return len(self._weight) * self._logits_dtype.itemsize
+        return len(self._weight) * self.logits_dtype.itemsize
 
     def reserve(self, items: int, *, gradients: bool) -> None:
         """Makes room for chunks of up to so many items and, if asked for, for the gradients."""
-        self._buffer = self._weight.new_empty(items, len(self._weight), dtype=self._logits_dtype)
+        self._buffer = self._weight.new_empty(items, len(self._weight), dtype=self.logits_dtype)
         if not gradients:
             return
         shapes = {"hidden": self._hidden, "weight": self._weight, "bias": self._weight[:, 0]}
@@ -48,7 +49,7 @@ class ChunkedHead:
 
     @property
     def _is_wide(self) -> bool:
-        return self._logits_dtype != self._dtype
+        return self.logits_dtype != self._dtype
 
     def hidden(self, items: Tensor | slice) -> Tensor:
         """(items, width) some of the hidden states, in the dtype of the products."""
@@ -58,12 +59,12 @@ class ChunkedHead:
         """(items, classes) the logits before the softcap, times a factor; the next call overwrites them."""
         out, factor = self._buffer[: len(hidden)], factor * self._factors.scale
         if self._is_wide and hidden.device.type != "cpu":
-            torch.mm(hidden, self._weight.t(), out_dtype=self._logits_dtype, out=out)
+            torch.mm(hidden, self._weight.t(), out_dtype=self.logits_dtype, out=out)
             if self._bias is not None:
                 out.add_(self._bias)
             return out if factor == 1 else out.mul_(factor)
         # A CPU has no product that ends in a wider dtype (torch 2.13).
-        hidden, weight = hidden.to(self._logits_dtype), self._weight.to(self._logits_dtype).t()
+        hidden, weight = hidden.to(self.logits_dtype), self._weight.to(self.logits_dtype).t()
         if self._bias is not None:
             return torch.addmm(self._bias, hidden, weight, beta=factor, alpha=factor, out=out)
         return torch.addmm(out, hidden, weight, beta=0, alpha=factor, out=out)

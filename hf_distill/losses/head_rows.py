@@ -1,7 +1,7 @@
 """Cross-entropy and a divergence of rows of two heads' logits, with the gradient written over the student's."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -106,29 +106,31 @@ class RowLosses:
     ) -> None:
         self._divergence, self._form, self._agreement = divergence, divergence.form, agreement
         self._formula = None if self._form is None else formula_of(self._form)
+        self._writes_share = isinstance(self._form, str)
         self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher.softcap
         self._item_temperature = temperature if callable(temperature) else None
         # Of all items alike, where the host knows it.
         self._one_temperature = None if isinstance(temperature, Tensor) or callable(temperature) else temperature
 
-    def factors(self, device: torch.device, *, has_labels: bool) -> Factors:
-        """What `walk` would like the logits to have been multiplied by, which costs a product nothing.
+    def factors(self, dtypes: Collection[torch.dtype], device: torch.device, *, has_labels: bool) -> Factors | None:
+        """What `walk` would like the logits to have been multiplied by, which costs a product nothing; None for 1.
 
         Args:
-            device: of the logits.
+            dtypes: of the logits of either side.
+            device: where they are.
             has_labels: whether any item counts in the cross-entropy.
         """
-        # Elsewhere nobody can look whether the powers have a sum.
-        is_plain_cpu = device.type == "cpu" and not has_kernel(device)
-        if self._formula is None or self._item_temperature is not None or not is_plain_cpu:
-            return Factors(1.0, 1.0)
+        # Elsewhere nobody can look whether the powers have a sum. In half precision other factors round otherwise.
+        may_scale = device.type == "cpu" and not has_kernel(device) and all(dtype.itemsize >= 4 for dtype in dtypes)
+        if self._formula is None or self._item_temperature is not None or not may_scale:
+            return None
         return self._to_powers(has_labels=has_labels)
 
     def _to_powers(self, *, has_labels: bool) -> Factors:
-        """What makes logits powers of two, softened where all are alike and the cross-entropy does not read them."""
-        softened = LOG2_E if self._one_temperature is None else LOG2_E / self._one_temperature
+        """What makes logits powers of two, softened where all are alike and no cross-entropy reads them."""
+        factor = LOG2_E if has_labels or self._one_temperature is None else LOG2_E / self._one_temperature
         teacher_scale = 1.0 if self._item_temperature is not None else self._divergence.teacher_scale
-        return Factors(LOG2_E if has_labels else softened, softened * teacher_scale)
+        return Factors(factor, factor * teacher_scale)
 
     def walk(
         self,
@@ -137,7 +139,8 @@ class RowLosses:
         items: HeadItems,
         direction: Tensor | None,
         *,
-        factors: Factors | None = None,
+        has_labels: bool,
+        given: Factors | None = None,
     ) -> Tensor | None:
         """Writes the values of a chunk's items, and over its logits what is proportional to their gradient.
 
@@ -146,7 +149,8 @@ class RowLosses:
             teacher_logits: (items, shared) of the leading classes, likewise.
             items: the items; their values are written.
             direction: (items, classes) in the memory of `logits`, row by row; None where no gradient is asked for.
-            factors: what both have been multiplied by, as `factors` says; None for 1.
+            has_labels: whether any item, of this chunk or another, counts in the cross-entropy.
+            given: what both have been multiplied by, as `factors` says; None for 1.
 
         Returns: (items, 1) what the rows of `direction` are to be multiplied by for the gradient before scale; None
             where they are it.
@@ -155,7 +159,7 @@ class RowLosses:
         if not len(logits):
             return share
         if not self._walk_by_kernel(logits, teacher_logits, items, direction):
-            share = self._walk_by_blocks(logits, teacher_logits, items, direction, factors or Factors(1.0, 1.0))
+            share = self._walk_by_blocks(logits, teacher_logits, items, direction, given, has_labels=has_labels)
         if self._formula is not None and self._divergence.temperature_squared:
             items.divergence.mul_(items.temperature.square())
         items.cross_entropy.masked_fill_(items.task == 0, 0.0)
@@ -197,35 +201,40 @@ class RowLosses:
         return rows.kd * rows.temperature if self._divergence.temperature_squared else rows.kd / rows.temperature
 
     def _walk_by_blocks(
-        self, logits: Tensor, teacher_logits: Tensor, items: HeadItems, direction: Tensor | None, given: Factors
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        items: HeadItems,
+        direction: Tensor | None,
+        given: Factors | None,
+        *,
+        has_labels: bool,
     ) -> Tensor | None:
         buffers, dtype = 5 if self._softcap is None else 6, items.task.dtype
         rows = rows_per_block(logits, buffers=_CACHED_BUFFERS, dtype=dtype)
         scratch = torch.empty(buffers, rows, logits.shape[-1], dtype=dtype, device=logits.device)
-        may_look = may_read(items.task)
-        has_labels = not may_look or bool(items.task.any())
-        may_weigh_nothing = not may_look or not bool(items.kd.all())
+        may_weigh_nothing = not may_read(items.kd) or not bool(items.kd.all())
         share = None
-        if self._formula is not None and not has_labels and direction is not None and direction.dtype == dtype:
-            share = torch.ones_like(items.task)
+        if self._writes_share and not has_labels and direction is not None and direction.dtype == dtype:
+            share = torch.empty_like(items.task)
         weights = [items.task * self._scale, items.kd * self._scale]
         columns = [items.targets, *weights, items.temperature, items.temperature.reciprocal(), *items[-3:]]
         written = [tensor for tensor in (share, direction) if tensor is not None]
         for student, teacher, *rest in row_blocks([logits, teacher_logits, *columns, *written], rows):
             out = None if direction is None else rest.pop()
-            last = [None if share is None else rest[8], out, scratch, may_weigh_nothing]
-            part = Rows._make([student, teacher, *rest[:8], *last])
+            last = [None if share is None else rest.pop(), out, scratch, may_weigh_nothing]
+            part = Rows._make([student, teacher, *rest, *last])
             slope = None
             if self._softcap is not None:
-                slope = _cap(student, self._softcap * given.student, slope=scratch[5].flatten())
+                slope = _cap(student, self._softcap * (given.student if given else 1), slope=part.buffer(5, student))
             if self._teacher_softcap is not None:
-                _cap(teacher, self._teacher_softcap * given.teacher)
+                _cap(teacher, self._teacher_softcap * (given.teacher if given else 1))
             self._block(part, given, has_labels=has_labels)
             if out is not None and slope is not None:
                 out.mul_(slope)
         return share
 
-    def _block(self, rows: Rows, given: Factors, *, has_labels: bool) -> None:
+    def _block(self, rows: Rows, given: Factors | None, *, has_labels: bool) -> None:
         student, teacher = leading(rows.student, rows.teacher.shape[-1]), rows.teacher
         if self._agreement:
             torch.eq(student.argmax(-1, keepdim=True), teacher.argmax(-1, keepdim=True), out=rows.agreement)
@@ -237,15 +246,14 @@ class RowLosses:
                 return
             if self._item_temperature is not None:
                 rows.soften(self._item_temperature(student, teacher))
-        wanted = self._to_powers(has_labels=has_labels)
-        softening = None if self._one_temperature is None else 1.0
-        if has_labels and self._one_temperature is not None:
-            softening = 1 / self._one_temperature
+        softening: float | Tensor = rows.inverse_temperature
+        if self._one_temperature is not None:
+            softening = 1 / self._one_temperature if has_labels else 1.0
         write_together(
             rows,
             self._formula,
             kd=self._weight(rows),
-            factors=(wanted.student / given.student, wanted.teacher / given.teacher),
+            factors=self._to_powers(has_labels=has_labels) if given is None else None,
             softening=softening,
             has_labels=has_labels,
         )

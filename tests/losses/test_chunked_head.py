@@ -309,3 +309,66 @@ def test_what_does_not_fit_is_refused(change, error, message):
         setattr(case, name, value)
     with pytest.raises(error, match=message):
         case.chunked()
+
+
+def of_logits(logits):
+    """Hidden states and a head whose products are exactly these logits, (items, classes)."""
+    return LogitFactors(torch.eye(len(logits), dtype=logits.dtype), logits.t().contiguous().requires_grad_())
+
+
+def offset_logits(offset, *, near=None, classes=300):
+    draw = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, classes, generator=draw) * 2
+    other = torch.randn(6, classes, generator=draw) * 2 if near is None else logits + near * logits.flip(-1)
+    return logits, other + offset
+
+
+def of_both(student, teacher, name, *, temperature, labelled):
+    task = torch.zeros(len(student)).index_fill(0, torch.tensor(labelled, dtype=torch.int64), 1.0)
+    sides = of_logits(student), of_logits(teacher)
+    terms = chunked_head_loss(
+        *sides,
+        torch.arange(len(student)),
+        task_weights=task,
+        kd_weights=torch.ones(len(student)),
+        temperature=temperature,
+        divergence=Divergence(LOSSES.get(name)),
+    )
+    return terms, torch.autograd.grad(terms.loss, sides[0].weight)[0].t()
+
+
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
+@pytest.mark.parametrize("offset", [-150.0, -34.0, 0.0, 25.0, 60.0])
+@pytest.mark.parametrize(("temperature", "labelled"), [(1.0, []), (3.0, []), (1.0, [2]), (3.0, [2])])
+def test_an_offset_of_one_side_costs_no_more_than_its_own_rounding(name, offset, temperature, labelled):
+    student, teacher = offset_logits(offset, near=1e-2)
+    terms, gradient = of_both(student, teacher, name, temperature=temperature, labelled=labelled)
+    leaf = student.double().requires_grad_()
+    values = LOSSES.get(name).function(leaf, teacher.double(), temperature=temperature)
+    cross_entropy = F.cross_entropy(leaf, torch.arange(len(leaf)), reduction="none")
+    loss = values.sum() + cross_entropy[labelled].sum()
+    (expected,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(terms.divergence.double(), values.detach(), rtol=1e-5, atol=1e-6 * temperature**2)
+    # Beside an offset of 150 logits are rounded to 1e-5.
+    assert (gradient.double() - expected).norm() <= 2e-5 * expected.norm() + 5e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("offset", [-100.0, 0.0, 60.0])
+@pytest.mark.parametrize("labelled", [[], [1], list(range(6))], ids=len)
+def test_equal_logits_are_0_apart_at_any_height(dtype, offset, labelled):
+    logits = offset_logits(offset)[1].to(dtype)
+    terms, _ = of_both(logits, logits.clone(), "forward_kl", temperature=3.0, labelled=labelled)
+    assert not terms.divergence.any()
+
+
+def test_where_nobody_may_look_a_part_of_the_classes_has_a_maximum_of_its_own(monkeypatch):
+    student, teacher = offset_logits(0.0, classes=20)
+    student[:, -1] += 100
+    expected, gradient = of_both(student, teacher[:, :-1], "forward_kl", temperature=0.5, labelled=[0, 3])
+    for module in ("head_blocks", "head_rows", "chunked_head", "divergence", "row_gradient"):
+        monkeypatch.setattr(f"hf_distill.losses.{module}.may_read", lambda tensor: False)
+    monkeypatch.setattr("hf_distill.losses.head_rows.has_kernel", lambda device: True)
+    found, found_gradient = of_both(student, teacher[:, :-1], "forward_kl", temperature=0.5, labelled=[0, 3])
+    torch.testing.assert_close(found.divergence, expected.divergence, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found_gradient, gradient, rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 
 from hf_distill.losses.base import item_temperature
 from hf_distill.losses.head_formulas import closed_form
-from hf_distill.losses.head_rows import Divergence, Factors, HeadItems, RowLosses
+from hf_distill.losses.head_rows import Divergence, HeadItems, RowLosses
 from hf_distill.signals import LogitFactors
 from tests.losses.cases import cases, random_case
 from tests.losses.kernels import kernel_of_heads
@@ -47,10 +47,11 @@ def formed(loss, case, *, one_softmax=False, needs_gradient=True, device="cpu", 
     divergence = Divergence(loss.spec, loss.options, **around)
     block = RowLosses(divergence, _PLAIN, _PLAIN, temperature=1.0 if one_softmax else temperature)
     with torch.no_grad():
-        factors = block.factors(student.device, has_labels=False) if in_product else Factors(1.0, 1.0)
-        student.mul_(factors.student)
-        teacher.mul_(factors.teacher)
-        share = block.walk(student, teacher, values, direction, factors=factors)
+        given = block.factors([torch.float32], student.device, has_labels=False) if in_product else None
+        if given is not None:
+            student.mul_(given.student)
+            teacher.mul_(given.teacher)
+        share = block.walk(student, teacher, values, direction, has_labels=False, given=given)
     if share is not None:
         student *= share
     return values.divergence.view(items).cpu(), student.view(*items, classes).cpu()
