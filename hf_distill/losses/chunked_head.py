@@ -155,7 +155,7 @@ def _walk(
         head.reserve(chunk, gradients=gradients)
     has_labels = not may_read(items.task) or bool(items.task.any())
     dtypes = (student.logits_dtype, teacher.logits_dtype)
-    given = block.factors(dtypes, items.task.device, has_labels=has_labels)
+    given = block.factors(dtypes, items.task.device)
     for places in _places(kept, chunk, len(items.task)):
         hidden = student.hidden(places)
         logits = student.logits(hidden, factor=given.student if given else 1.0)

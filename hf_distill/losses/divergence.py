@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import check_logits, compute_dtype, item_temperature, register_loss
-from hf_distill.losses.row_gradient import attach_gradient, clear_rows, may_read, row_blocks, rows_per_block
+from hf_distill.losses.row_gradient import attach_gradient, clear_rows, is_finite, may_read, row_blocks, rows_per_block
 
 _SCRATCH_BUFFERS = 4
 # The KL fill three. Half as many rows as the scratch would hold are faster still: they stay in the second-level cache.
@@ -326,7 +326,7 @@ def sum_and_look(contributions: Tensor) -> tuple[Tensor, bool]:
     """`sum_of_possible`, and whether the host knows all contributions to be finite."""
     # 0 * inf and 0 * (inf - inf) are NaN here. A NaN among the logits is not lost: `log_of_sums` carries it.
     total = contributions.sum(-1, keepdim=True)
-    if may_read(total) and math.isfinite(float(total.sum())):
+    if may_read(total) and is_finite(total):
         return total, True
     contributions.nan_to_num_(nan=0.0, posinf=math.inf, neginf=-math.inf)
     return contributions.sum(-1, keepdim=True), False

@@ -31,14 +31,30 @@ class Exponentials(NamedTuple):
     student_total: Tensor  # (rows, 1) the sums of `student_exps`
     teacher_total: Tensor  # (rows, 1) the sums of `teacher_exps`
     scratch: Tensor  # (rows, classes); may be `student_exps`, where a formula has read it for the last time
-    gradient: Tensor  # (rows, classes) where a gradient is best written; it may be the memory of `student`
-    value: Tensor  # (rows, 1), to be written
+    gradient: Tensor  # (rows, classes), to be written; it may be the memory of `student` or `teacher_exps`
     needs_gradient: bool
 
 
-# Writes the value of every row and returns, where it is needed, (rows, classes) in a tensor of the block and a factor
-# (rows, 1) or a number, whose product is the gradient by the softened logits of the student.
-Formula = Callable[[Exponentials], tuple[Tensor, Tensor | float] | None]
+class Sums(NamedTuple):
+    """What value and factor of rows are made of, (rows, 1) each."""
+
+    student_total: Tensor
+    teacher_total: Tensor
+    expected: Tensor  # as `Formula.write` returns it
+
+
+class Formula(NamedTuple):
+    """A divergence.
+
+    Attributes:
+        write: returns `Sums.expected` and writes the gradient, where it is needed, but for its factor.
+        value: (rows, 1), of as many rows at once as one likes.
+        factor: (rows, 1) or a number; times what was written it is the gradient by the student's softened logits.
+    """
+
+    write: Callable[[Exponentials], Tensor]
+    value: Callable[[Sums], Tensor]
+    factor: Callable[[Sums], Tensor | float]
 
 
 def closed_form(name: str, options: Mapping[str, Any]) -> Mixture | str | None:
@@ -50,39 +66,52 @@ def closed_form(name: str, options: Mapping[str, Any]) -> Mixture | str | None:
 
 def formula_of(form: Mixture | str) -> Formula:
     """The formula of a closed form."""
-    return functools.partial(_mixture, mixture=form) if isinstance(form, Mixture) else _KLS[form]
+    if isinstance(form, str):
+        return _KLS[form]
+    factor = form.student_weight or form.spread_weight / form.student_share
+    # What is near 1 may wait for a product; what is not would cost the smallest gradients their digits.
+    here, later = (1.0, factor) if 2**-20 <= abs(factor) <= 2**20 else (factor, 1.0)
+    write = functools.partial(_mixture, mixture=form, factor=here)
+    return Formula(write, lambda sums: sums.expected, lambda _: later)
 
 
-def _forward_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
+def _forward_kl(block: Exponentials) -> Tensor:
     student_exps, teacher_exps, teacher_total = block.student_exps, block.teacher_exps, block.teacher_total
     expected = sum_of_possible(block.teacher.sub_(block.student).mul_(teacher_exps)).div_(teacher_total)
-    torch.add((block.student_total / teacher_total).log_(), expected, alpha=_LOG_2, out=block.value)
-    if not block.needs_gradient:
-        return None
-    # The teacher's less the student's probabilities, times the teacher's total: exactly 0 where both agree.
-    ratio = teacher_total / block.student_total
-    difference = torch.addcmul(teacher_exps, student_exps, ratio, value=-1, out=block.gradient)
-    return difference, teacher_total.reciprocal().neg_()
+    if block.needs_gradient:
+        # The teacher's less the student's probabilities, times the teacher's total: exactly 0 where both agree.
+        ratio = teacher_total / block.student_total
+        torch.addcmul(teacher_exps, student_exps, ratio, value=-1, out=block.gradient)
+    return expected
 
 
-def _reverse_kl(block: Exponentials) -> tuple[Tensor, Tensor] | None:
+def _forward_kl_value(sums: Sums) -> Tensor:
+    return (sums.student_total / sums.teacher_total).log_().add_(sums.expected, alpha=_LOG_2)
+
+
+def _reverse_kl(block: Exponentials) -> Tensor:
     student_exps, student_total = block.student_exps, block.student_total
     ratio = block.student.sub_(block.teacher)
-    gradient = torch.mul(ratio, student_exps, out=block.teacher)
-    total, is_finite = sum_and_look(gradient)
+    contributions = torch.mul(ratio, student_exps, out=block.teacher)
+    total, is_finite = sum_and_look(contributions)
     expected = total.div_(student_total)
-    torch.add((block.teacher_total / student_total).log_(), expected, alpha=_LOG_2, out=block.value)
     if not block.needs_gradient:
-        return None
-    if not is_finite:
-        expected.masked_fill_(block.value.isnan(), math.nan)
-    gradient = torch.addcmul(gradient, student_exps, expected, value=-1, out=block.gradient)
-    if not is_finite:
-        clear_rows(gradient, expected.isposinf().logical_not_())
-    return gradient, _LOG_2 / student_total
+        return expected
+    if is_finite:
+        torch.addcmul(contributions, student_exps, expected, value=-1, out=block.gradient)
+        return expected
+    value = _reverse_kl_value(Sums(student_total, block.teacher_total, expected))
+    expected.masked_fill_(value.isnan(), math.nan)
+    torch.addcmul(contributions, student_exps, expected, value=-1, out=block.gradient)
+    clear_rows(block.gradient, expected.isposinf().logical_not_())
+    return expected
 
 
-def _mixture(block: Exponentials, *, mixture: Mixture) -> tuple[Tensor, Tensor | float] | None:
+def _reverse_kl_value(sums: Sums) -> Tensor:
+    return (sums.teacher_total / sums.student_total).log_().add_(sums.expected, alpha=_LOG_2)
+
+
+def _mixture(block: Exponentials, *, mixture: Mixture, factor: float) -> Tensor:
     """As in `losses.mixtures`, from w = student_share * (p_t - p_s) / m, of which one product less is made.
 
     With r = teacher_share / student_share, p_t / m is 1 + w and p_s / m is 1 - r w.
@@ -95,29 +124,28 @@ def _mixture(block: Exponentials, *, mixture: Mixture) -> tuple[Tensor, Tensor |
     # Where a ratio is 0, a probability of 0 multiplies its logarithm, which has to be finite for that.
     nearly_one = 1 - 4 * torch.finfo(m.dtype).eps  # also after another rounding
     w.clamp_(min=-nearly_one, max=min(nearly_one / ratio, torch.finfo(m.dtype).max))
-    block.value.zero_()
+    value = torch.zeros_like(block.student_total)
     if mixture.teacher_weight:
         terms = _log_of_ratio(w, 1.0, mixture, out=block.teacher).mul_(teacher)
-        block.value.add_(terms.sum(-1, keepdim=True), alpha=mixture.teacher_weight)
-    gradient, factor = None, mixture.student_weight
+        value.add_(terms.sum(-1, keepdim=True), alpha=mixture.teacher_weight)
+    gradient = None
     if mixture.student_weight:
         gradient = _log_of_ratio(w, -ratio, mixture, out=block.teacher).mul_(student)
         expected = gradient.sum(-1, keepdim=True)
-        block.value.add_(expected, alpha=mixture.student_weight)
+        value.add_(expected, alpha=mixture.student_weight)
         if block.needs_gradient:
-            gradient.addcmul_(student, expected, value=-1)
-    if not block.needs_gradient:
-        return None
-    if mixture.spread_weight:
+            out = gradient if mixture.spread_weight else block.gradient
+            torch.addcmul(gradient, student, expected, value=-1, out=out)
+    if block.needs_gradient and mixture.spread_weight:
         spread = w.mul_(student)
-        spread.addcmul_(student, spread.sum(-1, keepdim=True), value=-1)
-        weight = mixture.spread_weight / mixture.student_share
-        if gradient is None:
-            gradient, factor = spread, weight
-        else:
-            gradient.add_(spread, alpha=weight / factor)
-    assert gradient is not None
-    return gradient, factor
+        expected = spread.sum(-1, keepdim=True)
+        torch.addcmul(spread, student, expected, value=-1, out=block.gradient if gradient is None else spread)
+        if gradient is not None:
+            weight = mixture.spread_weight / (mixture.student_share * mixture.student_weight)
+            torch.add(gradient, spread, alpha=weight, out=block.gradient)
+    if block.needs_gradient and factor != 1:
+        block.gradient.mul_(factor)
+    return value
 
 
 def _log_of_ratio(w: Tensor, factor: float, mixture: Mixture, *, out: Tensor) -> Tensor:
@@ -127,4 +155,7 @@ def _log_of_ratio(w: Tensor, factor: float, mixture: Mixture, *, out: Tensor) ->
     return torch.add(w.new_ones(()), w, alpha=factor, out=out).log_()
 
 
-_KLS = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl}
+_KLS = {
+    "forward_kl": Formula(_forward_kl, _forward_kl_value, lambda sums: sums.teacher_total.reciprocal().neg_()),
+    "reverse_kl": Formula(_reverse_kl, _reverse_kl_value, lambda sums: _LOG_2 / sums.student_total),
+}

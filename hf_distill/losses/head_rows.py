@@ -9,16 +9,27 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import LOSSES, LossSpec
-from hf_distill.losses.head_blocks import LOG2_E, Rows, leading, write_apart, write_together
+from hf_distill.losses.head_blocks import (
+    LOG2_E,
+    Chunk,
+    Labelled,
+    Rows,
+    cross_entropy,
+    leading,
+    write_apart,
+    write_together,
+)
 from hf_distill.losses.head_device import has_kernel, proven_kernel, takes_kernel
-from hf_distill.losses.head_formulas import closed_form, formula_of
+from hf_distill.losses.head_formulas import Sums, closed_form, formula_of
 from hf_distill.losses.kernel_rows import KernelCase, KernelRows
 from hf_distill.losses.mixtures import Mixture
-from hf_distill.losses.row_gradient import may_read, row_blocks, rows_per_block
+from hf_distill.losses.row_gradient import extremes, may_read, row_blocks, rows_per_block
 from hf_distill.signals import LogitFactors
 
 # A block's logits are read from further away, so that fewer of its rows fit the cache than its scratch alone.
 _CACHED_BUFFERS = 7
+# A cross-entropy that weighs more than the divergence by as much is added to it in its own units.
+_LARGEST_BALANCE = 2.0**20
 # (rows, classes) logits of student and teacher -> (rows,) temperatures without a graph.
 ItemTemperature = Callable[[Tensor, Tensor], Tensor]
 
@@ -106,29 +117,27 @@ class RowLosses:
     ) -> None:
         self._divergence, self._form, self._agreement = divergence, divergence.form, agreement
         self._formula = None if self._form is None else formula_of(self._form)
-        self._writes_share = isinstance(self._form, str)
         self._scale, self._softcap, self._teacher_softcap = student.scale, student.softcap, teacher.softcap
         self._item_temperature = temperature if callable(temperature) else None
         # Of all items alike, where the host knows it.
         self._one_temperature = None if isinstance(temperature, Tensor) or callable(temperature) else temperature
 
-    def factors(self, dtypes: Collection[torch.dtype], device: torch.device, *, has_labels: bool) -> Factors | None:
+    def factors(self, dtypes: Collection[torch.dtype], device: torch.device) -> Factors | None:
         """What `walk` would like the logits to have been multiplied by, which costs a product nothing; None for 1.
 
         Args:
             dtypes: of the logits of either side.
             device: where they are.
-            has_labels: whether any item counts in the cross-entropy.
         """
         # Elsewhere nobody can look whether the powers have a sum. In half precision other factors round otherwise.
         may_scale = device.type == "cpu" and not has_kernel(device) and all(dtype.itemsize >= 4 for dtype in dtypes)
         if self._formula is None or self._item_temperature is not None or not may_scale:
             return None
-        return self._to_powers(has_labels=has_labels)
+        return self._to_powers()
 
-    def _to_powers(self, *, has_labels: bool) -> Factors:
-        """What makes logits powers of two, softened where all are alike and no cross-entropy reads them."""
-        factor = LOG2_E if has_labels or self._one_temperature is None else LOG2_E / self._one_temperature
+    def _to_powers(self) -> Factors:
+        """What makes logits powers of two, softened where all are alike."""
+        factor = LOG2_E / (self._one_temperature or 1.0)
         teacher_scale = 1.0 if self._item_temperature is not None else self._divergence.teacher_scale
         return Factors(factor, factor * teacher_scale)
 
@@ -188,7 +197,8 @@ class RowLosses:
         )
         if kernel is None:
             return False
-        weights = [items.task * self._scale, self._weight(items) * self._scale, items.temperature.reciprocal()]
+        kd = self._weight(items.kd, items.temperature)
+        weights = [items.task * self._scale, kd * self._scale, items.temperature.reciprocal()]
         targets = items.targets.squeeze(-1).contiguous()  # of a caller's tensor they may be a view
         rows = KernelRows(logits, teacher_logits, targets, torch.cat(weights, -1), direction)
         found = kernel(rows, teacher_scale=self._divergence.teacher_scale)
@@ -196,9 +206,9 @@ class RowLosses:
             written.copy_(column.unsqueeze(-1))
         return True
 
-    def _weight(self, rows: "HeadItems | Rows") -> Tensor:
+    def _weight(self, kd: Tensor, temperature: Tensor) -> Tensor:
         """(rows, 1) of the divergence's gradient by the softened logits: by the logits it is 1 / temperature of it."""
-        return rows.kd * rows.temperature if self._divergence.temperature_squared else rows.kd / rows.temperature
+        return kd * temperature if self._divergence.temperature_squared else kd / temperature
 
     def _walk_by_blocks(
         self,
@@ -213,48 +223,82 @@ class RowLosses:
         buffers, dtype = 5 if self._softcap is None else 6, items.task.dtype
         rows = rows_per_block(logits, buffers=_CACHED_BUFFERS, dtype=dtype)
         scratch = torch.empty(buffers, rows, logits.shape[-1], dtype=dtype, device=logits.device)
-        may_weigh_nothing = not may_read(items.kd) or not bool(items.kd.all())
-        share = None
-        if self._writes_share and not has_labels and direction is not None and direction.dtype == dtype:
-            share = torch.empty_like(items.task)
-        weights = [items.task * self._scale, items.kd * self._scale]
-        columns = [items.targets, *weights, items.temperature, items.temperature.reciprocal(), *items[-3:]]
-        written = [tensor for tensor in (share, direction) if tensor is not None]
-        for student, teacher, *rest in row_blocks([logits, teacher_logits, *columns, *written], rows):
-            out = None if direction is None else rest.pop()
-            last = [None if share is None else rest.pop(), out, scratch, may_weigh_nothing]
-            part = Rows._make([student, teacher, *rest, *last])
+        chunk = self._chunk(items, scratch, direction, has_labels=has_labels)
+        sides = [logits, teacher_logits] if direction is None else [logits, teacher_logits, direction]
+        sums: list[Sums] = []
+        labels: list[tuple[Tensor, Tensor]] = []
+        start = 0
+        for student, teacher, *out in row_blocks(sides, rows):
+            block = Rows(student, teacher, out[0] if out else None, start, chunk)
             slope = None
             if self._softcap is not None:
-                slope = _cap(student, self._softcap * (given.student if given else 1), slope=part.buffer(5, student))
+                slope = _cap(student, self._softcap * (given.student if given else 1), slope=block.buffer(5, student))
             if self._teacher_softcap is not None:
                 _cap(teacher, self._teacher_softcap * (given.teacher if given else 1))
-            self._block(part, given, has_labels=has_labels)
-            if out is not None and slope is not None:
-                out.mul_(slope)
-        return share
+            found, labelled = self._block(block, given, has_labels=has_labels)
+            if found is not None:
+                sums.append(found)
+            if labelled is not None:
+                labels.append(labelled[-2:])
+            if slope is not None and out:
+                out[0].mul_(slope)
+            start += student.shape[0]
+        if labels:
+            items.cross_entropy.copy_(cross_entropy(*map(torch.cat, zip(*labels, strict=True))))
+        if self._formula is None:
+            return None
+        columns = Sums(*map(torch.cat, zip(*sums, strict=True)))
+        items.divergence.copy_(self._formula.value(columns))
+        if not chunk.has_shares:
+            return None
+        share = chunk.weight * self._formula.factor(columns)
+        return share.masked_fill_(chunk.kd == 0, 0.0) if chunk.may_weigh_nothing else share  # a factor may be NaN
 
-    def _block(self, rows: Rows, given: Factors | None, *, has_labels: bool) -> None:
-        student, teacher = leading(rows.student, rows.teacher.shape[-1]), rows.teacher
+    def _chunk(self, items: HeadItems, scratch: Tensor, direction: Tensor | None, *, has_labels: bool) -> Chunk:
+        task, kd = items.task * self._scale, items.kd * self._scale
+        weight = self._weight(kd, items.temperature)
+        may_weigh_nothing = not may_read(kd) or not bool(kd.all())
+        has_shares = self._formula is not None and direction is not None and direction.dtype == scratch.dtype
+        balance = None
+        if has_shares and has_labels:
+            has_shares = self._item_temperature is None and not may_weigh_nothing
+            if has_shares:
+                balance = task / weight
+                smallest, largest = extremes(balance)
+                has_shares = smallest > 0 and largest <= _LARGEST_BALANCE
+        return Chunk(
+            items.targets,
+            items.targets.masked_fill(task == 0, 0),
+            task,
+            kd,
+            weight,
+            items.temperature,
+            items.temperature.reciprocal(),
+            *items[-2:],
+            scratch.unbind(),
+            may_weigh_nothing,
+            has_shares,
+            balance if has_shares else None,
+        )
+
+    def _block(self, rows: Rows, given: Factors | None, *, has_labels: bool) -> tuple[Sums | None, Labelled | None]:
+        chunk, student, teacher = rows.chunk, leading(rows.student, rows.teacher.shape[-1]), rows.teacher
         if self._agreement:
-            torch.eq(student.argmax(-1, keepdim=True), teacher.argmax(-1, keepdim=True), out=rows.agreement)
+            agrees = rows.of(chunk.agreement)
+            torch.eq(student.argmax(-1, keepdim=True), teacher.argmax(-1, keepdim=True), out=agrees)
         if self._formula is None or self._item_temperature is not None:
             if self._divergence.teacher_scale != 1:
                 teacher.mul_(self._divergence.teacher_scale)
             if self._formula is None:
-                write_apart(rows, functools.partial(self._values, rows), has_labels=has_labels)
-                return
+                return None, write_apart(rows, functools.partial(self._values, rows), has_labels=has_labels)
             if self._item_temperature is not None:
                 rows.soften(self._item_temperature(student, teacher))
-        softening: float | Tensor = rows.inverse_temperature
-        if self._one_temperature is not None:
-            softening = 1 / self._one_temperature if has_labels else 1.0
-        write_together(
+                rows.of(chunk.weight).copy_(self._weight(rows.of(chunk.kd), rows.of(chunk.temperature)))
+        return write_together(
             rows,
             self._formula,
-            kd=self._weight(rows),
-            factors=self._to_powers(has_labels=has_labels) if given is None else None,
-            softening=softening,
+            factors=self._to_powers() if given is None else None,
+            temperature=self._one_temperature,
             has_labels=has_labels,
         )
 
@@ -264,7 +308,8 @@ class RowLosses:
             student, teacher = self._divergence.transform(student), self._divergence.transform(teacher)
         if self._item_temperature is not None:
             rows.soften(self._item_temperature(student.detach(), teacher))
-        return self._divergence(student, teacher, temperature=rows.temperature.squeeze(-1), targets=targets)
+        temperature = rows.of(rows.chunk.temperature)
+        return self._divergence(student, teacher, temperature=temperature.squeeze(-1), targets=targets)
 
 
 def _cap(logits: Tensor, softcap: float, *, slope: Tensor | None = None) -> Tensor | None:

@@ -11,6 +11,8 @@ from torch import Tensor
 # float32 and five times in bfloat16. Other devices need blocks large enough to hide the launch of each operation.
 _CPU_SCRATCH_BYTES = 4 * 2**20
 _DEVICE_SCRATCH_BYTES = 256 * 2**20
+# So many cost less to read one by one than by an operation.
+_FEW_ROWS = 32
 
 
 def rows_per_block(logits: Tensor, *, buffers: int, dtype: torch.dtype) -> int:
@@ -40,6 +42,21 @@ def row_blocks(tensors: Sequence[Tensor], rows: int) -> Iterator[tuple[Tensor, .
 def may_read(tensor: Tensor) -> bool:
     """Whether the host may look at the tensor's values, because nothing has to be waited for."""
     return tensor.device.type == "cpu"
+
+
+def extremes(column: Tensor) -> tuple[float, float]:
+    """The smallest and the largest of (rows, 1) on the host; beside NaN, either is NaN or of the other rows."""
+    if column.numel() > _FEW_ROWS:
+        smallest, largest = column.aminmax()
+        return float(smallest), float(largest)
+    values = column.tolist()
+    return min(values)[0], max(values)[0]
+
+
+def is_finite(column: Tensor) -> bool:
+    """Whether all of (rows, 1) on the host are."""
+    few = column.numel() <= _FEW_ROWS
+    return math.isfinite(sum(value for (value,) in column.tolist()) if few else float(column.sum()))
 
 
 def clear_rows(rows: Tensor, weights: Tensor) -> None:

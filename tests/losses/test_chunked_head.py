@@ -116,11 +116,19 @@ def test_every_divergence_equals_the_dense_one(loss, post, small_chunks):
 
 
 @pytest.mark.parametrize("masked", [0.0, 0.4, 0.9])
-@pytest.mark.parametrize("temperature", [1.0, 4.0, "per item"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, "per item"])
 @pytest.mark.parametrize("sizes", [(23, 23), (23, 17), (17, 23)])
 @pytest.mark.parametrize("name", ["forward_kl", "jsd", "dkd"])
 def test_masks_temperatures_and_vocabularies(masked, temperature, sizes, name, small_chunks):
     case = Case(masked=masked, temperature=temperature, classes=sizes[0], shared=sizes[1])
+    assert_equal(case, Divergence(LOSSES.get(name)))
+
+
+@pytest.mark.parametrize("quotient", [1e-9, 1e-4, 1e4, 1e9])
+@pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "skewed_kl"])
+def test_one_term_may_weigh_far_more_than_the_other(quotient, name, small_chunks):
+    case = Case(masked=0.0)
+    case.kd *= quotient
     assert_equal(case, Divergence(LOSSES.get(name)))
 
 
@@ -278,7 +286,7 @@ def test_labels_reach_a_divergence_where_the_task_weighs_nothing():
     assert_equal(case, Divergence(LOSSES.get("dkd")))
 
 
-@pytest.mark.parametrize("temperature", [1.0, 4.0, "per item"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 4.0, "per item"])
 @pytest.mark.parametrize("sizes", [(23, 23), (23, 17), (17, 23)])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 def test_without_a_task_term_the_comparison_stands_alone(name, sizes, temperature, small_chunks):
@@ -339,7 +347,9 @@ def of_both(student, teacher, name, *, temperature, labelled):
 
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "jsd"])
 @pytest.mark.parametrize("offset", [-150.0, -34.0, 0.0, 25.0, 60.0])
-@pytest.mark.parametrize(("temperature", "labelled"), [(1.0, []), (3.0, []), (1.0, [2]), (3.0, [2])])
+@pytest.mark.parametrize(
+    ("temperature", "labelled"), [(1.0, []), (3.0, []), (1.0, [2]), (3.0, [2]), (2.0, [2]), (2.0, [0, 1, 2, 3, 4, 5])]
+)
 def test_an_offset_of_one_side_costs_no_more_than_its_own_rounding(name, offset, temperature, labelled):
     student, teacher = offset_logits(offset, near=1e-2)
     terms, gradient = of_both(student, teacher, name, temperature=temperature, labelled=labelled)
@@ -360,6 +370,20 @@ def test_equal_logits_are_0_apart_at_any_height(dtype, offset, labelled):
     logits = offset_logits(offset)[1].to(dtype)
     terms, _ = of_both(logits, logits.clone(), "forward_kl", temperature=3.0, labelled=labelled)
     assert not terms.divergence.any()
+
+
+@pytest.mark.parametrize("offset", [-150.0, -34.0, -20.0, 25.0, 60.0])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 3.0])
+def test_the_height_of_both_sides_reaches_neither_term(offset, temperature):
+    student, teacher = (logits + offset for logits in offset_logits(0.0))
+    terms, gradient = of_both(student, teacher, "forward_kl", temperature=temperature, labelled=list(range(6)))
+    leaf = student.double().requires_grad_()
+    cross_entropy = F.cross_entropy(leaf, torch.arange(6), reduction="none")
+    values = LOSSES.get("forward_kl").function(leaf, teacher.double(), temperature=temperature)
+    (expected,) = torch.autograd.grad((values + cross_entropy).sum(), leaf)
+    torch.testing.assert_close(terms.cross_entropy.double(), cross_entropy.detach(), rtol=1e-5, atol=2e-5)
+    torch.testing.assert_close(terms.divergence.double(), values.detach(), rtol=1e-5, atol=2e-5)
+    assert (gradient.double() - expected).norm() <= 5e-5 * expected.norm()
 
 
 def test_where_nobody_may_look_a_part_of_the_classes_has_a_maximum_of_its_own(monkeypatch):

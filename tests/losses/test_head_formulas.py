@@ -47,7 +47,7 @@ def formed(loss, case, *, one_softmax=False, needs_gradient=True, device="cpu", 
     divergence = Divergence(loss.spec, loss.options, **around)
     block = RowLosses(divergence, _PLAIN, _PLAIN, temperature=1.0 if one_softmax else temperature)
     with torch.no_grad():
-        given = block.factors([torch.float32], student.device, has_labels=False) if in_product else None
+        given = block.factors([torch.float32], student.device) if in_product else None
         if given is not None:
             student.mul_(given.student)
             teacher.mul_(given.teacher)
