@@ -11,7 +11,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_distill.files import check_undamaged, last_checkpoint
+from hf_distill.checkpoints import check_undamaged, checkpoint_to_resume
 from hf_distill.lineage import FINISHED, TRAINING, Lineage
 from hf_distill.models.fingerprint import fingerprint, weights_fingerprint
 from hf_distill.models.saved import load_weights
@@ -226,14 +226,7 @@ def _check_start(began: Mapping[str, Any], record: Mapping[str, Any]) -> None:
 
 def _last_checkpoint(args: Any) -> Path | None:
     """The last one that was written to its end and holds all that a training needs to go on; None: from the start."""
-    if args.save_only_model:
-        return None
-    found, warning = last_checkpoint(Path(args.output_dir))
-    if warning is not None and args.process_index == 0:
-        logger.warning(warning)
-    if found is not None:
-        check_undamaged(found)
-    return found
+    return None if args.save_only_model else checkpoint_to_resume(Path(args.output_dir))
 
 
 def _ended(checkpoint: Path) -> TrainerState | None:

@@ -24,7 +24,14 @@ from hf_distill.text.arguments import TextArguments, given_fields
 from hf_distill.text.collation import make_collator
 from hf_distill.text.columns import check_columns, say_which_columns
 from hf_distill.text.formats import TextFormat
-from hf_distill.text.preparation import largest_token, longest_row, prepare_text, prompt_lengths, text_format
+from hf_distill.text.preparation import (
+    check_tokenised,
+    largest_token,
+    longest_row,
+    prepare_text,
+    prompt_lengths,
+    text_format,
+)
 from hf_distill.text.probe import check_keeps_apart
 from hf_distill.weighting import weighting_columns
 
@@ -60,6 +67,7 @@ class TextMixin(LayerTrainingMixin):
             counts_rows = self.accelerator.num_processes > 1
             self.data_collator = make_collator(args, self._tokenizer, training=True, counts_rows=counts_rows)
         elif self._pads_labels:
+            self._check_labels(train)
             self.data_collator = self._padding_collator()
         if self.eval_dataset is not None:
             self.eval_dataset = self._with_tokens(self.eval_dataset, "eval_dataset")
@@ -70,6 +78,13 @@ class TextMixin(LayerTrainingMixin):
         is_generative = self._pair.task in (Task.CAUSAL_LM, Task.SEQ2SEQ_LM)
         tokenizer: Any = self.processing_class
         return is_generative and self.data_collator == DataCollatorWithPadding(tokenizer)
+
+    def _check_labels(self, dataset: Any) -> None:
+        """Of tokens that the user made: whether every one has its label, and any of them teaches."""
+        if self._pair.task is Task.CAUSAL_LM:
+            with random_states_kept():
+                is_needed = getattr(self.args, "lmbda", 0) == 0 and not self.args.distillation.matches
+                check_tokenised(dataset, "train_dataset", needs_labels=is_needed)
 
     def _padding_collator(self) -> Any:
         if self._pair.task is Task.CAUSAL_LM:
@@ -198,6 +213,8 @@ def _check_read(trainer: Any, found: Mapping[str, Any]) -> None:
     given = given_fields(trainer.args, names)
     if trainer._pads_labels:
         given.pop("pad_to_multiple_of", None)
+    if trainer.args.max_length is None:  # nothing is cut, as it says
+        given.pop("max_length", None)
     if not given or found.get("train_dataset") is not None:
         return
     name = next(iter(found))
@@ -276,9 +293,9 @@ def _check_prompts(trainer: Any) -> None:
     if (without := int((prompts == 0).sum())) > 0:
         raise ValueError(
             f"{without} of the {len(prompts)} rows of train_dataset have a loss on their first token, so they have no "
-            f"prompt that the student could answer (lmbda={lmbda}): their prompts are empty or were cut off. Drop "
-            "them (Dataset.filter), give prompt and completion columns, or set truncation_mode='keep_start', or "
-            "lmbda=0."
+            f"prompt that the student could answer (lmbda={lmbda}): plain text has none, and others are empty or "
+            "were cut off. Give prompt and completion columns or messages, drop such rows (Dataset.filter), or set "
+            "truncation_mode='keep_start', or lmbda=0."
         )
     if context is not None and (full := int((prompts >= context).sum())) > 0:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Which positions of two tokenisations of one text have read the same, so that both predict what comes next."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -39,10 +39,20 @@ def tokenize_for_teacher(
         where there is none.
 
     Raises:
-        ValueError: a tokenizer without a Rust backend, which does not tell where in the text its tokens lie, or
-            without an end-of-text token to append.
+        ValueError: something else than texts; a tokenizer without a Rust backend, which does not tell where in the
+            text its tokens lie, or without an end-of-text token to append.
     """
+    if isinstance(texts, Mapping):
+        raise ValueError(
+            f"tokenize_for_teacher was given rows of the columns {', '.join(texts)}, expected texts. In Dataset.map "
+            "name the column that holds them: input_columns='text', batched=True."
+        )
     texts = [texts] if isinstance(texts, str) else list(texts)
+    if others := [text for text in texts if not isinstance(text, str)]:
+        raise ValueError(
+            f"tokenize_for_teacher was given {others[0]!r}, expected texts. Conversations cannot be aligned; leave "
+            "out rows without a text (Dataset.filter)."
+        )
     student_read, teacher_read = (
         _Reader(tokenizer, side, add_special_tokens=add_special_tokens, append_eos=append_eos)
         for side, tokenizer in (("student", student_tokenizer), ("teacher", teacher_tokenizer))

@@ -4,6 +4,7 @@ import inspect
 from collections import Counter
 from collections.abc import Mapping
 from copy import copy
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from hf_distill.accounting import StepCounts, TermMeter, mark_repeated_rows
 from hf_distill.adapters import add_adapters, check_adapters
 from hf_distill.arguments import DistillationTrainingArguments, Seq2SeqDistillationTrainingArguments
 from hf_distill.batches import TEACHER_OUTPUT, Batch, split_batch
+from hf_distill.checkpoints import checkpoint_to_resume
 from hf_distill.chunked_terms import ChunkedTerms
 from hf_distill.collator import TEACHER_POSITIONS, TEACHER_PREFIX, DistillationCollator
 from hf_distill.dataset_checks import check_batch, find_label, label_filler
@@ -135,6 +137,23 @@ class DistillationMixin(EvidenceMixin, PublishingMixin, TeacherScoresMixin, Text
         self._on_policy = make_on_policy(self)
         self._plan_weights()
         self._plan_layers(self.model)
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """`Trainer.train`; True goes on from the last whole checkpoint, with a warning of newer ones that are not.
+
+        Raises:
+            ValueError: True, where no checkpoint is whole; a damaged file in the one to go on from.
+        """
+        if resume_from_checkpoint is True:
+            folder = Path(self.args.output_dir)
+            found = checkpoint_to_resume(folder)
+            if found is None:
+                raise ValueError(
+                    f"No valid checkpoint found in output directory ({folder}). Leave resume_from_checkpoint out to "
+                    "begin, or name a checkpoint."
+                )
+            resume_from_checkpoint = str(found)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def _plan_weights(self) -> None:
         """Makes ready what weighs the items of the logit term."""

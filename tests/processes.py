@@ -13,7 +13,9 @@ from accelerate import debug_launcher
 
 _SERVER = multiprocessing.get_context("forkserver")
 # Without hf_distill, whose own imports take no time after these: what loads without it is shown by such processes.
-_SERVER.set_forkserver_preload(["accelerate", "datasets", "peft", "scipy.stats", "transformers.trainer"])
+_SERVER.set_forkserver_preload(
+    ["accelerate", "datasets", "peft", "scipy.stats", "sklearn.metrics", "transformers.trainer"]
+)
 _TIMEOUT_S = 600
 
 

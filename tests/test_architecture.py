@@ -54,7 +54,7 @@ LAYERS = (
             "step",
         }
         | {"stages", "stage_plan", "stage_runner", "lineage", "weighting_checks", "logit_setup", "chunked_step"}
-        | {"publishing"}
+        | {"publishing", "checkpoints"}
         | {"provenance", "run_record", "evidence", "card", "report"}
         | {"adapters", "on_policy", "on_policy_arguments", "text_setup", "teacher_scores"},
     ),

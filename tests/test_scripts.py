@@ -1,9 +1,7 @@
-"""The scripts as a user runs them: on local files, alone and with two processes, as by `accelerate launch`."""
+"""The scripts as a user runs them: on local files, alone and with two processes."""
 
 import json
-import os
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 from unittest import mock
@@ -18,12 +16,6 @@ from hf_distill.demo.models import train_wordpiece
 from tests.processes import run_twice
 
 ROOT = Path(__file__).parents[1]
-TWO_PROCESSES = [
-    "-m",
-    "accelerate.commands.launch",
-    f"--config_file={ROOT / 'examples/accelerate/cpu_2_processes.yaml'}",
-    "--main_process_port=0",
-]
 pytestmark = pytest.mark.slow
 
 
@@ -32,13 +24,6 @@ def _run_alone(script: str, *options: str) -> None:
     path = str(ROOT / "scripts" / script)
     with mock.patch.object(sys, "argv", [path, *options]):
         runpy.run_path(path, run_name="__main__")
-
-
-def _launch(script: str, *options: str) -> None:
-    command = [sys.executable, *TWO_PROCESSES, str(ROOT / "scripts" / script), *options]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
 
 
 def _options(folder: Path, output: str, batch_size: int) -> list[str]:
@@ -94,13 +79,10 @@ def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_a
     labels = {i: f"class {i}" for i in range(3)}
     tokenizer = train_wordpiece([text for text, _ in lines], vocabulary_size=90)
     _save_pair(tmp_path, lambda width: tiny.bert(hidden=width, id2label=labels), tokenizer)
-    for output, batch_size, run in (("alone", 16, _run_alone), ("together", 8, _launch)):
-        run(
-            "distill_text_classification.py",
-            *_options(tmp_path, output, batch_size),
-            f"--dataset={dataset}",
-            f"--item_weights={json.dumps(weights)}",
-        )
+    more = (f"--dataset={dataset}", f"--item_weights={json.dumps(weights)}")
+    script = "distill_text_classification.py"
+    _run_alone(script, *_options(tmp_path, "alone", 16), *more)
+    run_twice(_run_alone, script, *_options(tmp_path, "together", 8), *more, "--ddp_backend=gloo")
     _assert_same_run(tmp_path / "alone", tmp_path / "together")
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone")
     assert student.config.id2label == labels

@@ -191,7 +191,7 @@ def test_a_lineage_that_cannot_be_read_is_refused(content, tmp_path):
 )
 def test_a_checkpoint_cut_off_while_it_was_written_is_passed_over(name, missing, tmp_path, monkeypatch):
     said = []
-    monkeypatch.setattr("hf_distill.stage_runner.logger.warning", said.append)
+    monkeypatch.setattr("hf_distill.checkpoints.logger.warning", said.append)
     whole = run(tmp_path / "whole")
     interrupted(tmp_path / "cut", "1-kd", 3)
     cut = tmp_path / "cut" / "_stages" / "1-kd" / "checkpoint-3"

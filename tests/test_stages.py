@@ -95,6 +95,13 @@ def resumed(folder, **options):
     return run(folder, resume=True, callbacks=[counter], **options), counter.steps
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """A run's weights and the losses of its last stage."""
+    trainer = run(tmp_path_factory.mktemp("whole")).trainer
+    return weights(trainer.model), logged(trainer, "loss")
+
+
 def test_each_stage_trains_with_its_own_terms_rate_and_length(tmp_path):
     seen = {}
 
@@ -127,16 +134,16 @@ def test_a_run_of_one_stage_is_a_training_bit_for_bit(tmp_path):
 
 
 @pytest.mark.parametrize(("stage", "step"), [("1-kd", 0), ("1-kd", 2), ("2-task", 0), ("2-task", 3), ("2-task", 6)])
-def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stage, step, tmp_path):
-    whole = run(tmp_path / "whole")
+def test_a_run_that_was_interrupted_goes_on_and_ends_with_the_same_bits(stage, step, uninterrupted, tmp_path):
     interrupted(tmp_path / "cut", stage, step)
     done, steps = resumed(tmp_path / "cut")
+    expected, losses = uninterrupted
     first, second = (STEPS - step, 8) if stage == "1-kd" else (0, 8 - step)
     assert steps == {key: value for key, value in {"1-kd": first, "2-task": second}.items() if value}
-    assert_same_bits(done.trainer.model, weights(whole.trainer.model))
-    assert logged(done.trainer, "loss")[-2:] == logged(whole.trainer, "loss")[-2:]
+    assert_same_bits(done.trainer.model, expected)
+    assert logged(done.trainer, "loss")[-2:] == losses[-2:]
     saved = hf.BertForSequenceClassification.from_pretrained(tmp_path / "cut")
-    assert_same_bits(saved, weights(whole.trainer.model))
+    assert_same_bits(saved, expected)
 
 
 def test_a_run_cut_off_between_the_last_step_and_the_saved_student_takes_no_further_step(tmp_path):

@@ -1,20 +1,17 @@
-"""Seven rows on two processes against one. `python -m tests.test_teacher_scores_on_ranks FILE` is what the two run."""
+"""Seven rows on two processes against one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate import debug_launcher
 
+from tests.processes import run_twice
 from tests.test_teacher_scores import Counting, of_teacher
 from tests.tiny import pair, rows
 from tests.training import make_trainer
 
-ROOT = Path(__file__).resolve().parents[1]
 SEED = 3
 
 
@@ -51,9 +48,7 @@ def save_results(folder, path):
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     path = folder / "results"
-    command = [sys.executable, "-m", "tests.test_teacher_scores_on_ranks", str(folder), str(path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=180, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_twice(save_results, folder, path)
     return [json.loads(Path(f"{path}.{rank}").read_text()) for rank in range(2)]
 
 
@@ -66,8 +61,3 @@ def test_uneven_rows_on_two_processes_give_the_scores_of_one(ranks, tmp_path):
         assert found[1] != found[0]
         # A row of one rank changed after the first evaluation, and both scored the teacher anew.
         assert calls == [4, 4, 2]
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    debug_launcher(save_results, args=(sys.argv[1], sys.argv[2]), num_processes=2)

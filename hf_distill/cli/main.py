@@ -87,11 +87,15 @@ def _is_for_users(error: Exception) -> bool:
 
 
 def _was_raised(error: Exception) -> bool:
-    """Whether a `raise` made the error."""
+    """Whether a `raise` made the error, and no operation and nothing compiled."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    return last is not None and dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]] == "RAISE_VARARGS"
+    if last is None:
+        return False
+    # By offset and not in `co_code`, which is empty in the frames that Cython writes for Python 3.10.
+    instructions = dis.get_instructions(last.tb_frame.f_code)
+    return any(each.offset == last.tb_lasti and each.opname == "RAISE_VARARGS" for each in instructions)
 
 
 def _said(error: Exception) -> str:

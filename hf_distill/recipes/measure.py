@@ -14,6 +14,7 @@ from hf_distill.recipes.models import named, with_processors
 from hf_distill.recipes.recipe import DataPart, Recipe
 from hf_distill.report import make_report
 from hf_distill.report.loading import load_trained, read_run_record
+from hf_distill.report.options import check_device
 from hf_distill.report.results import Report
 from hf_distill.teachers import load_teacher
 from hf_distill.text.preparation import prepare_text
@@ -57,29 +58,6 @@ def report_of_recipe(recipe: Recipe, options: Mapping[str, Any]) -> Report:
         training=read_run_record(student_name),
         **{"data_name": data_name(data), **options},
     )
-
-
-def check_device(device: str | None, where: str) -> None:
-    """Refuses a device that this machine has not.
-
-    Args:
-        device: as torch writes it, with or without a number; None is none in particular.
-        where: what it is called, for the error.
-
-    Raises:
-        ValueError: with the devices there are.
-    """
-    if device is None:
-        return
-    there = ["cpu"]
-    if (accelerator := torch.accelerator.current_accelerator()) is not None:
-        there += [f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count())]
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise ValueError(f"{where}={device!r} is no device of torch's. There are: {', '.join(there)}.") from error
-    if wanted.type != "cpu" and f"{wanted.type}:{wanted.index or 0}" not in there:
-        raise ValueError(f"{where}={device!r} is not on this machine. There are: {', '.join(there)}.")
 
 
 def data_name(data: DataPart, *, is_held_out: bool = False) -> str:

@@ -15,17 +15,18 @@ from rich.console import Console
 from transformers import PrinterCallback, Seq2SeqTrainingArguments, TrainingArguments
 
 from hf_distill.arguments import Seq2SeqDistillationTrainingArguments
-from hf_distill.files import check_undamaged, last_checkpoint, missing_part
+from hf_distill.checkpoints import check_undamaged, last_checkpoint, missing_part
 from hf_distill.lineage import FINISHED, Lineage
 from hf_distill.models.student.report import count_parameters
 from hf_distill.recipes.checkpoints import check_checkpoint
 from hf_distill.recipes.data import metrics_of, prepare, split_rows
-from hf_distill.recipes.measure import check_device, data_name
+from hf_distill.recipes.measure import data_name
 from hf_distill.recipes.models import Models, adapters, load_models
 from hf_distill.recipes.progress import TrainingProgress, quiet_libraries
 from hf_distill.recipes.reading import stages_of
 from hf_distill.recipes.recipe import Recipe
 from hf_distill.recipes.values import check_folder
+from hf_distill.report.options import check_device
 from hf_distill.stage_plan import STAGES_FOLDER, Stage, plan_stages
 from hf_distill.stage_runner import StageRunner
 from hf_distill.stages import preset_stages, run_stages

@@ -20,7 +20,7 @@ from hf_distill.report.contenders import at_work
 from hf_distill.report.environment import environment
 from hf_distill.report.loading import is_name, load_models, load_processing_class, read_run_record
 from hf_distill.report.markdown import to_markdown
-from hf_distill.report.options import ReportOptions
+from hf_distill.report.options import ReportOptions, check_device
 from hf_distill.report.plots import PLOTS, write_plots
 from hf_distill.report.results import Report
 from hf_distill.report.rows import check_rows
@@ -53,7 +53,7 @@ def make_report(
 
     Raises:
         ValueError: the models do not fit together, as in a training; a metric that there is not; lengths of inputs
-            that have none; no row.
+            that have none; no row; a device that this machine has not.
         TypeError: an unknown option, or a model that is none.
     """
     known = [own.name for own in fields(ReportOptions)]
@@ -61,6 +61,7 @@ def make_report(
         if name not in known:
             raise TypeError(f"A report has no option {name!r}.{did_you_mean(name, known)} Known: {', '.join(known)}.")
     chosen = ReportOptions(**options)
+    check_device(chosen.device, "device")
     with _threads(chosen.threads):
         report = _measured(teacher, student, dataset, chosen)
     if chosen.output_dir is not None:

@@ -41,7 +41,7 @@ class ReportOptions:
         training: the run's record; that of a student's folder is found there.
 
     Raises:
-        ValueError: a number of threads or rows below 1, or no device.
+        ValueError: a number of threads or rows below 1.
     """
 
     undistilled: nn.Module | str | os.PathLike | None = None
@@ -73,10 +73,26 @@ class ReportOptions:
             values = getattr(self, name) or ()
             if any(value < 1 for value in values):
                 raise ValueError(f"{name} is {list(values)}; expected whole numbers, at least 1.")
-        if self.device is not None:
-            try:
-                torch.device(self.device)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"device={self.device!r} is no device of torch's; write cpu, cuda or cuda:0."
-                ) from error
+
+
+def check_device(device: str | torch.device | None, where: str) -> None:
+    """Refuses a device that this machine has not.
+
+    Args:
+        device: as torch writes it, with or without a number; None is none in particular.
+        where: what it is called, for the error.
+
+    Raises:
+        ValueError: with the devices there are.
+    """
+    if device is None:
+        return
+    there = ["cpu"]
+    if (accelerator := torch.accelerator.current_accelerator()) is not None:
+        there += [f"{accelerator.type}:{number}" for number in range(torch.accelerator.device_count())]
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ValueError(f"{where}={str(device)!r} is no device of torch's. There are: {', '.join(there)}.") from error
+    if wanted.type != "cpu" and f"{wanted.type}:{wanted.index or 0}" not in there:
+        raise ValueError(f"{where}={str(device)!r} is not on this machine. There are: {', '.join(there)}.")

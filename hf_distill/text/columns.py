@@ -76,7 +76,15 @@ def _meant(dataset: Any, text_field: str) -> str:
     texts = [column for column, value in row.items() if isinstance(value, str)]
     chats = [column for column, value in row.items() if isinstance(value, list) and value and _is_turn(value[0])]
     if chats:
-        return f"Did you mean messages? Rename the column: dataset.rename_column({chats[0]!r}, 'messages')."
+        turn = row[chats[0]][0]
+        keys = "" if "role" in turn else f", and the keys of its messages ({', '.join(turn)}) to role and content"
+        return f"Did you mean messages? Rename the column: dataset.rename_column({chats[0]!r}, 'messages'){keys}."
+    if "prompt" in row:
+        return (
+            "These are prompts alone: they need a column completion. `hf-distill generate` has the teacher write it; "
+            "empty ones with lmbda=1, task_weight=0 leave it to the student; dataset_text_field='prompt' learns the "
+            "prompts themselves."
+        )
     close = get_close_matches(text_field, texts, n=1) or (texts if len(texts) == 1 else [])
     if close:
         return f"Did you mean dataset_text_field={close[0]!r}?"

@@ -57,6 +57,8 @@ class Conversation:
             )
         if not messages:
             raise ValueError(f"Row {number} has no message. Drop it (Dataset.filter).")
+        for message in messages:
+            _check_role(message, number)
         given = given_beside(row)
         return cls(
             tokenizer,
@@ -105,9 +107,21 @@ class Conversation:
 
     def _apply(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> Any:
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tools=self.tools, **options, **self.options)
+            return self.tokenizer.apply_chat_template(
+                list(messages), tools=self.tools, tokenizer_kwargs={"verbose": False}, **options, **self.options
+            )
         except TemplateError as error:
             raise ValueError(f"Row {self.number}: the chat template refuses the messages: {error}") from error
+
+
+def _check_role(message: Mapping[str, Any], number: int) -> None:
+    # A template writes a key that is not there as nothing: the row would be empty turns.
+    if message.get("role") is None:
+        raise ValueError(
+            f"Row {number}: a message has the keys {', '.join(map(str, message))}, and no role. Expected are role "
+            "(system, user, assistant) and content: rename them (Dataset.map), as from and value of the ShareGPT "
+            "format, where human is user and gpt is assistant."
+        )
 
 
 def given_beside(row: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,7 +220,7 @@ def _span_of_turn(conversation: Conversation, place: int, whole: str) -> tuple[i
 
 def _labelled(conversation: Conversation, whole: str, spans: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
     """Ids and labels: those of tokens that have a part in one of the spans of characters."""
-    made = conversation.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+    made = conversation.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     ids = made["input_ids"]
     labels = [
         token if any(first < end and start < last for start, end in spans) else IGNORE_INDEX

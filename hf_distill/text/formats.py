@@ -155,7 +155,7 @@ class RowTokenizer:
     def _made(self, rows: Mapping[str, Sequence[Any]], indices: Sequence[int]) -> list[Tokens]:
         if self.text_format is TextFormat.TEXT:
             texts, beginning = self._texts(rows, self.text_field, indices), own_beginning(self.tokenizer)
-            made = zip(texts, self.tokenizer(texts)["input_ids"], strict=True)
+            made = zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True)
             whole = (self._ended(begun_once(ids, beginning)) if text else [] for text, ids in made)
             return [(ids, ids) for ids in whole]
         if self.text_format is TextFormat.MESSAGES:
@@ -185,9 +185,9 @@ class RowTokenizer:
             )
         prompts, completions = (self._texts(rows, name, indices) for name in ("prompt", "completion"))
         whole = self.tokenizer(
-            [p + c for p, c in zip(prompts, completions, strict=True)], return_special_tokens_mask=True
+            [p + c for p, c in zip(prompts, completions, strict=True)], return_special_tokens_mask=True, verbose=False
         )
-        begun = self.tokenizer(prompts, add_special_tokens=False)["input_ids"]
+        begun = self.tokenizer(prompts, add_special_tokens=False, verbose=False)["input_ids"]
         beginning = own_beginning(self.tokenizer)
         ends = rows.get(_FINISHED, [True] * len(prompts))
         made = []
@@ -210,10 +210,10 @@ class RowTokenizer:
 
     def _plain(self, text: str) -> list[int]:
         # Some tokenizers put a space before whatever begins a text, and this goes on with one.
-        lead, whole = self.tokenizer([_LEAD, _LEAD + text], add_special_tokens=False)["input_ids"]
+        lead, whole = self.tokenizer([_LEAD, _LEAD + text], add_special_tokens=False, verbose=False)["input_ids"]
         if whole[: len(lead)] == lead:
             return whole[len(lead) :]
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _conversation(self, row: Mapping[str, Any], number: int) -> Tokens:
         conversation = Conversation.of_row(self.tokenizer, row["messages"], row, number)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc  # type: ignore[import-untyped]
-from datasets import Dataset, IterableDataset
+from datasets import Dataset, IterableDataset, LargeList, List
 
 from hf_distill.collator import TEACHER_PREFIX
 from hf_distill.items import IGNORE_INDEX
@@ -78,9 +78,10 @@ def prepare_text(
         return dataset
     tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     if not callable(tokenizer):
+        given = "there is no tokenizer" if tokenizer is None else f"processing_class={tokenizer!r} is no tokenizer"
         raise ValueError(
-            f"{name} holds raw text ({found.value}), but there is no tokenizer. Pass the student's as "
-            "processing_class=, or tokenise the rows (columns input_ids and labels)."
+            f"{name} holds raw text ({found.value}), but {given}. Pass the student's as "
+            "processing_class=AutoTokenizer.from_pretrained(...), or tokenise the rows (columns input_ids and labels)."
         )
     if found is not TextFormat.TEXT and _holds_messages(dataset, found):
         check_template(tokenizer)
@@ -110,7 +111,7 @@ def _prepared(
         rows, batched=True, with_indices=True, batch_size=_ROWS_AT_ONCE, remove_columns=columns, **described
     )
     if isinstance(tokenised, Dataset):
-        _check_rows(tokenised, name)
+        _check_rows(tokenised, name, rows)
     if not packs:
         return tokenised
     assert args.max_length is not None  # checked with the arguments
@@ -126,7 +127,7 @@ def _holds_messages(dataset: Any, found: TextFormat) -> bool:
     return not isinstance(first["prompt"], str)
 
 
-def _check_rows(dataset: Dataset, name: str) -> None:
+def _check_rows(dataset: Dataset, name: str, rows: RowTokenizer) -> None:
     """Warns of rows without a label, which stay in the batches and teach nothing.
 
     Raises:
@@ -137,14 +138,68 @@ def _check_rows(dataset: Dataset, name: str) -> None:
     without = sum(_rows_without_label(batch["labels"]) for batch in dataset.with_format("arrow").iter(10_000))
     if without == 0:
         return
-    what = (
-        f"{without} of the {len(dataset)} rows of {name} have no token with a loss: their completions or answers are "
-        "empty or were cut off. "
-    )
-    remedy = "Raise max_length, or set truncation_mode='keep_end'."
+    reason, remedy = _without_loss(rows)
+    what = f"{without} of the {len(dataset)} rows of {name} have no token with a loss: {reason}. "
     if without == len(dataset):
         raise ValueError(f"{what}{remedy}")
     warnings.warn(f"{what}They count for nothing. {remedy}", stacklevel=2)
+
+
+def _without_loss(rows: RowTokenizer) -> tuple[str, str]:
+    """Why rows may come out without a loss, and what to do."""
+    cuts = "" if rows.max_length is None else f" or were cut off at max_length={rows.max_length}"
+    if rows.assistant_only:
+        reason, remedy = "their messages of the role 'assistant' are missing, empty", "give them an answer"
+    elif rows.text_format is TextFormat.COMPLETION and rows.completion_only:
+        reason, remedy = "their completions are empty", "give them a completion"
+    else:
+        reason, remedy = "they have fewer than two tokens", "leave them out (Dataset.filter)"
+    if not cuts:
+        return reason, f"{remedy[0].upper()}{remedy[1:]}."
+    return f"{reason}{cuts}", f"Raise max_length, set truncation_mode='keep_end', or {remedy}."
+
+
+def check_tokenised(dataset: Any, name: str, *, needs_labels: bool) -> None:
+    """Refuses rows of tokens that the user made and nothing can be learned from.
+
+    They are read up to the first that has a loss.
+
+    Args:
+        dataset: any; looked at is a `Dataset` with lists in its column `input_ids`.
+        name: of it, for the error.
+        needs_labels: whether nothing else is learned from them, where they have labels, than what these point at.
+
+    Raises:
+        ValueError: rows of several texts, rows with another number of labels than of tokens, or not one label.
+    """
+    if not isinstance(dataset, Dataset) or "input_ids" not in (columns_of(dataset) or ()):
+        return
+    tokens = getattr(dataset.features["input_ids"], "feature", None)
+    if isinstance(tokens, List | LargeList):
+        raise ValueError(
+            f"The rows of {name} hold several texts each: their input_ids are lists of lists. Map a function of "
+            "batches with Dataset.map(..., batched=True)."
+        )
+    if tokens is None or not isinstance(dataset.features.get("labels"), List | LargeList):
+        return
+    seen = 0
+    for batch in _arrow(dataset):
+        lengths = [pc.list_value_length(batch[column]).to_numpy() for column in ("input_ids", "labels")]
+        if (other := np.flatnonzero(lengths[0] != lengths[1])).size > 0:
+            counts = [own[other[0]] for own in lengths]
+            raise ValueError(
+                f"Row {seen + other[0]} of {name} has {counts[0]} input_ids and {counts[1]} labels. Give each token a "
+                "label: its own id, not the next one's (the shift is made later), or -100 for none."
+            )
+        if _rows_without_label(batch["labels"]) < len(batch):
+            return
+        seen += len(batch)
+    if needs_labels and seen > 0:
+        raise ValueError(
+            f"None of the {seen} rows of {name} has a token with a loss: their labels are -100 throughout, which "
+            "means 'not this position' for the teacher too. Give the tokens that count their own ids as labels, or "
+            "leave the column out and set task_weight=0 to learn from the teacher at every token."
+        )
 
 
 def _rows_without_label(labels: Any) -> int:

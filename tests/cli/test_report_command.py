@@ -9,7 +9,7 @@ import torch
 
 from hf_distill.cli.main import main
 from hf_distill.cli.report import read_columns
-from hf_distill.recipes.measure import check_device
+from hf_distill.report.options import check_device
 from tests import tiny
 from tests.cli.recipe_cases import CASES, IDS, command, save, words
 from tests.text import corpus, models

@@ -1,4 +1,4 @@
-"""`python -m tests.hub.downloads FILE NAME...`: pushed students, loaded by a process that cannot import hf_distill."""
+"""Pushed students, loaded by a process that cannot import hf_distill."""
 
 import logging
 import sys
@@ -58,8 +58,8 @@ def load(name):
     }
 
 
-if __name__ == "__main__":
+def main(path, *names):
+    """Loads students into a file."""
+    assert "hf_distill" not in sys.modules
     sys.modules["hf_distill"] = None  # an import of it raises ImportError
-    torch.set_num_threads(1)
-    path, *names = sys.argv[1:]
     torch.save({name: load(name) for name in names}, path)

@@ -1,13 +1,15 @@
 """Runs what pushes and what loads in processes of their own, whose Hub is the stand-in."""
 
+import importlib
 import os
-import subprocess
-import sys
-from pathlib import Path
 
+import huggingface_hub.constants
+import huggingface_hub.hf_api
 import torch
+import transformers
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.processes import run_alone
+
 # Planted where pushes could pick them up; none may reach the Hub but as authorization.
 SECRETS = ("hf_PlantedInTheArguments", "hf_PlantedInTheEnvironment", "PlantedForWandb")
 
@@ -19,7 +21,7 @@ CHECKPOINT |= {"scheduler.pt", "trainer_state.json", "training_args.bin", *TOKEN
 
 
 def run(hub, module, home, *arguments):
-    """`python -m module` with the Hub's address; the process must succeed."""
+    """`main` of a module in a process of its own that knows the Hub's address; it must succeed."""
     own = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(home),
@@ -32,11 +34,16 @@ def run(hub, module, home, *arguments):
         "TRANSFORMERS_VERBOSITY": "warning",
         "WANDB_API_KEY": SECRETS[2],
     }
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, **own}, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_alone(_enter, own, module, *arguments)
+
+
+def _enter(environment, module, *arguments):
+    os.environ.update(environment)
+    # As if it were imported now: the process was forked with what the tests' environment said.
+    importlib.reload(huggingface_hub.constants)
+    huggingface_hub.hf_api.api.endpoint = environment["HF_ENDPOINT"]
+    transformers.logging.set_verbosity_warning()
+    importlib.import_module(module).main(*arguments)
 
 
 def push(hub, folder, *cases):

@@ -1,11 +1,9 @@
-"""`python -m tests.hub.pushes FOLDER CASE...`: students distilled by a process whose Hub is the stand-in, and pushed.
+"""Students distilled by a process whose Hub is the stand-in, and pushed.
 
 What each case returns is saved as `FOLDER/CASE.pt`.
 """
 
 import logging
-import sys
-from pathlib import Path
 
 import peft
 import torch
@@ -251,11 +249,11 @@ CASES = {
     )
 }
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    root, *names = sys.argv[1:]
-    if names == ["two_processes"]:
-        debug_launcher(two_processes, args=(Path(root, "two_processes"),), num_processes=2)
-        sys.exit()
+
+def main(folder, *names):
+    """Runs cases one after the other; `two_processes` alone."""
+    if names == ("two_processes",):
+        debug_launcher(two_processes, args=(folder / "two_processes",), num_processes=2)
+        return
     for name in names:
-        torch.save(CASES[name](Path(root, name)), Path(root, f"{name}.pt"))
+        torch.save(CASES[name](folder / name), folder / f"{name}.pt")

@@ -21,13 +21,15 @@ from tests.tiny import ZOO, bert, pair, rows, tokenizer
 from tests.training import make_trainer, values
 
 QUICK = {"baselines": (), "batch_sizes": (1,), "repeats": 1, "warm_up": 0}
+# A family for each head.
+HEADS = {kind: name for name, (_, kind) in reversed(ZOO.items())}.values()
 
 
 def of_quality(report):
     return [(model.name, model.quality) for model in report.models]
 
 
-@pytest.mark.parametrize("name", [*ZOO])
+@pytest.mark.parametrize("name", HEADS)
 def test_a_report_of_the_saved_student_has_the_live_trainers_numbers(name, tmp_path):
     trainer = make_trainer(tmp_path / "out", name, learning_rate=0.01)
     trainer.train()
@@ -142,7 +144,7 @@ def test_inputs_of_one_size_have_no_lengths():
         quick(teacher, student, rows("image"), lengths=(8,))
 
 
-@pytest.mark.parametrize("name", [*ZOO])
+@pytest.mark.parametrize("name", HEADS)
 def test_every_head_has_its_cost_and_its_baselines(name):
     student, teacher = pair(name)
     report = quick(teacher, student, rows(ZOO[name][1], count=3), baselines=("pruned",))
@@ -269,6 +271,19 @@ def test_what_is_asked_for_goes_before_what_the_trainer_has(tmp_path):
     trainer.teacher = None
     with pytest.raises(ValueError, match="no teacher"):
         report_of(trainer)
+
+
+@pytest.mark.parametrize(
+    ("device", "complaint"),
+    [
+        ("cuda:99", r"device='cuda:99' is not on this machine\. There are: cpu"),
+        (torch.device("meta"), r"device='meta' is not on this machine\. There are: cpu"),
+        ("nonsense", r"device='nonsense' is no device of torch's\. There are: cpu"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_a_model_is_loaded(device, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        make_report("nowhere/teacher", "nowhere/student", rows("sequence"), device=device)
 
 
 def test_mistakes_are_told_before_anything_is_measured(tmp_path):
