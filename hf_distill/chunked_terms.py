@@ -18,6 +18,7 @@ from hf_distill.config import LogitTerm
 from hf_distill.items import IGNORE_INDEX
 from hf_distill.losses.base import LOSSES
 from hf_distill.losses.chunked_head import HeadTerms, chunked_head_loss
+from hf_distill.losses.head_products import Workspace
 from hf_distill.losses.head_rows import Divergence
 from hf_distill.losses.sparse_head import sparse_head_loss
 from hf_distill.losses.transforms import standardize
@@ -68,6 +69,7 @@ class ChunkedTerms:
         self._is_cross_entropy: bool | None = None
         self._is_attached, self._reported, self._looked_at_training = False, False, False
         self._kept: KeptPlaces | None = None
+        self._workspace = Workspace()
 
     @property
     def reason(self) -> str | None:
@@ -88,8 +90,8 @@ class ChunkedTerms:
         self._is_attached = True
 
     def detach(self) -> None:
-        """Takes the hooks off."""
-        self._is_attached = False
+        """Takes the hooks off, and lets go of what memory was kept."""
+        self._is_attached, self._workspace = False, Workspace()
         if self._tap is not None:
             self._tap.detach()
 
@@ -167,7 +169,8 @@ class ChunkedTerms:
                 self._is_cross_entropy = self._own_loss_is_plain(student, arguments, task, mask.shape)
         reason = self.reason
         if reason is None and not isinstance(teacher, SparseTeacher) and not teacher.gives_factors:
-            reason = "the teacher's logits cannot be taken apart"
+            why = getattr(teacher, "no_factors", None)
+            reason = f"the teacher's logits cannot be taken apart{'' if why is None else f': {why}'}"
         if reason is not None and not self._reported:
             self._reported = True
             logger.warning(f"Logits of tokens x vocabulary are formed: {reason}.")
@@ -248,6 +251,7 @@ class ChunkedTerms:
                 divergence=_divergence_of(term),
                 agreement=agreement,
                 kept=None if found is None else found.places(),
+                workspace=self._workspace,
             )
 
         with self._tap.open(run):

@@ -12,12 +12,15 @@ from torch.nn import functional
 from benchmarks.rivals import Heads, installed, liger
 from hf_distill.losses import LOSSES
 from hf_distill.losses.chunked_head import chunked_head_loss
+from hf_distill.losses.head_products import Workspace
 from hf_distill.losses.head_rows import Divergence
 from hf_distill.signals import LogitFactors
 
 Contender = Callable[[Heads], None]
 # The first is what the others' time is compared with, the second what their memory is.
 FLOOR, NAIVE = "products alone", "naive"
+# What a training keeps from step to step.
+_WORKSPACE = Workspace()
 
 
 def floor(heads: Heads, *, chunk: int = 512) -> None:
@@ -59,6 +62,7 @@ def ours(heads: Heads, *, loss: str = "forward_kl", temperature: float = 1.0, la
         kd_weights=share / 2 if labels else share,
         temperature=temperature,
         divergence=Divergence(LOSSES.get(loss)),
+        workspace=_WORKSPACE,
     )
     total.backward()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import compute_dtype, item_temperature
-from hf_distill.losses.head_products import ChunkedHead
+from hf_distill.losses.head_products import ChunkedHead, Workspace
 from hf_distill.losses.head_rows import Divergence, HeadItems, ItemTemperature, RowLosses
 from hf_distill.losses.row_gradient import attach_gradients, may_read
 from hf_distill.signals import LogitFactors
@@ -58,6 +58,7 @@ def chunked_head_loss(
     chunk_bytes: int | None = None,
     float32_logits: bool | None = None,
     kept: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> HeadTerms:
     """The weighted sum of cross-entropy and a divergence between two heads' logits, and both per item, in nats.
 
@@ -83,6 +84,7 @@ def chunked_head_loss(
         chunk_bytes: of both sides' logits at once, though never of less than 256 items; None: as suits the device.
         float32_logits: whether logits are float32 where operands are not; None: where it costs no time, not on CPUs.
         kept: (any,) int64, in order, the places among all items of those with a weight; None makes the host find them.
+        workspace: memory of the call before, which saves a training time; None takes new.
     """
     divergence = divergence or Divergence()
     sides = {"student": student, "teacher": teacher}
@@ -98,7 +100,11 @@ def chunked_head_loss(
         block = RowLosses(divergence, student, teacher, temperature=temperature, agreement=agreement)
         if kept is None:
             kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
-        _walk(student_head, teacher_head, items, block, kept, chunk_bytes, needs_gradient=needs_gradient)
+        chunk = chunk_items(kept, student_head.row_bytes + teacher_head.row_bytes, chunk_bytes)
+        workspace = workspace or Workspace()
+        student_head.reserve(chunk, workspace, is_student=True, gradients=needs_gradient)
+        teacher_head.reserve(chunk, workspace, is_student=False, gradients=False)
+        _walk(student_head, teacher_head, items, block, kept, chunk)
         loss = (items.task * items.cross_entropy + items.kd * items.divergence).sum()
     if pairs := student_head.attached():
         loss = attach_gradients(loss, pairs)
@@ -145,14 +151,9 @@ def _walk(
     items: HeadItems,
     block: RowLosses,
     kept: Tensor,
-    chunk_bytes: int | None,
-    *,
-    needs_gradient: bool,
+    chunk: int,
 ) -> None:
     """Fills in the values of the items that are kept, and the student's gradients."""
-    chunk = chunk_items(kept, student.row_bytes + teacher.row_bytes, chunk_bytes)
-    for head, gradients in ((student, needs_gradient), (teacher, False)):
-        head.reserve(chunk, gradients=gradients)
     has_labels = not may_read(items.task) or bool(items.task.any())
     dtypes = (student.logits_dtype, teacher.logits_dtype)
     given = block.factors(dtypes, items.task.device)

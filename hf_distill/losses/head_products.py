@@ -5,6 +5,31 @@ from torch import Tensor
 
 from hf_distill.signals import LogitFactors
 
+# What is kept for one side's logits at most: more would be felt where the training needs its memory for other things.
+_LARGEST_KEPT_BYTES = 64 * 2**20
+
+
+class Workspace:
+    """Memory for the logits of chunks, for a caller to keep from one call to the next.
+
+    A CPU's new pages cost as much as four passes over them. Other devices' allocators keep theirs.
+    """
+
+    def __init__(self) -> None:
+        """Holds nothing yet."""
+        self._kept: dict[bool, Tensor] = {}
+
+    def logits(self, items: int, weight: Tensor, dtype: torch.dtype, *, is_student: bool) -> Tensor:
+        """(items, classes) for a head's weight (classes, width), which the next call for the same side takes again."""
+        count = items * len(weight)
+        kept = self._kept.get(is_student)
+        if kept is None or kept.dtype != dtype or kept.device != weight.device or len(kept) < count:
+            self._kept.pop(is_student, None)  # before there are two
+            kept = weight.new_empty(count, dtype=dtype)
+            if kept.device.type == "cpu" and kept.nbytes <= _LARGEST_KEPT_BYTES:
+                self._kept[is_student] = kept
+        return kept[:count].view(items, len(weight))
+
 
 class ChunkedHead:
     """One side's head: projects chunks of its hidden states, and collects the gradients of the chunks' logits.
@@ -34,9 +59,9 @@ class ChunkedHead:
         """What one item's logits take."""
         return len(self._weight) * self.logits_dtype.itemsize
 
-    def reserve(self, items: int, *, gradients: bool) -> None:
+    def reserve(self, items: int, workspace: Workspace, *, is_student: bool, gradients: bool) -> None:
         """Makes room for chunks of up to so many items and, if asked for, for the gradients."""
-        self._buffer = self._weight.new_empty(items, len(self._weight), dtype=self.logits_dtype)
+        self._buffer = workspace.logits(items, self._weight, self.logits_dtype, is_student=is_student)
         if not gradients:
             return
         shapes = {"hidden": self._hidden, "weight": self._weight, "bias": self._weight[:, 0]}

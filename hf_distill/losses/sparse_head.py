@@ -8,7 +8,7 @@ from torch import Tensor
 
 from hf_distill.losses.base import compute_dtype
 from hf_distill.losses.chunked_head import HeadTerms, _head, _places, check_items, chunk_items
-from hf_distill.losses.head_products import ChunkedHead
+from hf_distill.losses.head_products import ChunkedHead, Workspace
 from hf_distill.losses.head_rows import Divergence, _cap
 from hf_distill.losses.row_gradient import attach_gradients, row_blocks, rows_per_block
 from hf_distill.losses.sparse import bucket_divergence, sparse_form, teacher_buckets, without_classes
@@ -30,6 +30,7 @@ def sparse_head_loss(
     chunk_bytes: int | None = None,
     float32_logits: bool | None = None,
     kept: Tensor | None = None,
+    workspace: Workspace | None = None,
 ) -> HeadTerms:
     """The weighted sum of cross-entropy and `sparse_divergence` of a head's logits, and both per item, in nats.
 
@@ -48,6 +49,7 @@ def sparse_head_loss(
         chunk_bytes: of the logits at once, though never of less than 256 items; None: as suits the device.
         float32_logits: whether logits are float32 where operands are not; None: where it costs no time, not on CPUs.
         kept: (any,) int64, in order, the places among all items of those with a weight; None makes the host find them.
+        workspace: as of `chunked_head_loss`.
     """
     divergence, teacher = sparse_form(divergence or Divergence(), teacher)
     check_items({"student": student}, targets, task_weights=task_weights, kd_weights=kd_weights)
@@ -65,7 +67,9 @@ def sparse_head_loss(
         if kept is None:
             kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
         block = _RowLosses(divergence, student, teacher.temperature, classes, agreement=agreement)
-        _walk(head, items, block, kept, chunk_bytes, needs_gradient=needs_gradient)
+        chunk = chunk_items(kept, head.row_bytes, chunk_bytes)
+        head.reserve(chunk, workspace or Workspace(), is_student=True, gradients=needs_gradient)
+        _walk(head, items, block, kept, chunk)
         loss = (items.task * items.cross_entropy + items.kd * items.divergence).sum()
     if pairs := head.attached():
         loss = attach_gradients(loss, pairs)
@@ -108,13 +112,9 @@ def _walk(
     items: _Items,
     block: "_RowLosses",
     kept: Tensor,
-    chunk_bytes: int | None,
-    *,
-    needs_gradient: bool,
+    chunk: int,
 ) -> None:
     """Fills in the values of the items that are kept, and the student's gradients."""
-    chunk = chunk_items(kept, student.row_bytes, chunk_bytes)
-    student.reserve(chunk, gradients=needs_gradient)
     for places in _places(kept, chunk, len(items.task)):
         hidden = student.hidden(places)
         logits = student.logits(hidden)

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import TrainerCallback
 
 from hf_distill import DistillationTrainer, DistillationTrainingArguments
 from tests.invariants.steps import assert_same_steps, longer, recorded, step_options
@@ -176,6 +177,20 @@ def test_no_tensor_of_tokens_by_vocabulary_is_made(name, tmp_path, monkeypatch):
         trainer.train()
     tokens = sum(row["labels"].numel() for row in rows(ZOO[name][1]))
     assert 0 < largest.rows < tokens  # the most are the rows of a head's weight, transposed
+
+
+def test_memory_for_logits_is_kept_from_step_to_step_and_not_after_them(tmp_path):
+    kept = []
+
+    class Looks(TrainerCallback):
+        def on_optimizer_step(self, *args, **kwargs):
+            kept.append(len(trainer._chunked._workspace._kept))
+
+    trainer = trainer_of("llama", tmp_path, 8, 1, max_steps=3)
+    trainer.add_callback(Looks)
+    trainer.train()
+    assert kept == [2, 2, 2]
+    assert not trainer._chunked._workspace._kept
 
 
 def test_the_student_is_left_without_hooks(tmp_path):

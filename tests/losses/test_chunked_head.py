@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from hf_distill.losses import LOSSES, chunked_head
 from hf_distill.losses.chunked_head import chunked_head_loss
 from hf_distill.losses.fused import cross_entropy_and_forward_kl
+from hf_distill.losses.head_products import Workspace
 from hf_distill.losses.head_rows import Divergence
 from hf_distill.losses.transforms import standardize
 from hf_distill.signals import LogitFactors
@@ -193,6 +194,26 @@ def test_a_retained_graph_gives_its_gradients_twice():
     loss = case.chunked()[0]
     first = torch.autograd.grad(2 * loss, case.leaves, retain_graph=True)
     torch.testing.assert_close(gradients(case, loss), tuple(gradient / 2 for gradient in first))
+
+
+def test_memory_kept_for_the_next_call_changes_nothing(small_chunks, monkeypatch):
+    workspace = Workspace()
+
+    def kept_by(case):
+        given = [], []
+        for memory, found in zip((workspace, None), given, strict=True):
+            terms = case.chunked(workspace=memory)
+            found += [terms.loss, terms.divergence, *gradients(case, terms.loss)]
+        assert all(map(torch.equal, *given))
+        return [buffer.data_ptr() for buffer in workspace._kept.values()]
+
+    kept_by(Case(masked=0.9))
+    largest = kept_by(Case(classes=40, shared=30))
+    assert len(largest) == 2
+    assert kept_by(Case()) == largest
+    kept_by(Case(dtype=torch.float64))
+    monkeypatch.setattr("hf_distill.losses.head_products._LARGEST_KEPT_BYTES", 0)
+    assert not kept_by(Case(classes=80, shared=80))
 
 
 def test_a_second_derivative_is_refused():
