@@ -13,7 +13,8 @@ from hf_distill.losses.row_gradient import clear_rows, extremes, may_read
 LOG2_E = math.log2(math.e)
 _LOG_2 = math.log(2)
 _NO_TARGET = -100
-# Between these a sum of exponentials is as exact as one whose largest is 1, and so are its quotients with another.
+# Between these a sum of exponentials is as exact as one whose largest is 1, and so are its quotients with another, and
+# the sum of their squares.
 _SMALLEST_SUM, _LARGEST_SUM = 2.0**-24, 2.0**40
 # Powers of two sides whose sums differ by more have differences that round to more than their distances do.
 _LARGEST_QUOTIENT = 2.0**4
@@ -135,19 +136,32 @@ def write_together(
     exps, totals = zip(own, other, strict=True)
     block = Exponentials(student, teacher, *exps, *totals, scratch, gradient, needs_gradient=out is not None)
     sums = Sums(*totals, formula.write(block))
-    if rows.direction is None or out is None:
-        return sums, labelled
-    if labelled is None or rows.chunk.balance is None:
-        factor = None if rows.chunk.has_shares else formula.factor(sums)
-        _weigh_and_add(rows, gradient, factor, labelled, out)
-        return sums, labelled
-    task = rows.of(rows.chunk.balance) / formula.factor(sums)  # in units of the divergence's gradient
+    if out is not None and labelled is not None and rows.chunk.balance is not None:
+        _add_in_units(rows, gradient, formula.factor(sums), labelled, out)
+    elif out is not None:
+        _weigh_and_add(rows, gradient, None if rows.chunk.has_shares else formula.factor(sums), labelled, out)
+    return sums, labelled
+
+
+def _add_in_units(rows: Rows, gradient: Tensor, factor: Tensor | float, labelled: Labelled, out: Tensor) -> None:
+    """Adds the gradients of both terms in units of the divergence's, by which rows are to be multiplied later.
+
+    Args:
+        rows: the block; all of its direction is written.
+        gradient: of the divergence, but for
+        factor: its factor.
+        labelled: the cross-entropy.
+        out: the leading classes of the direction.
+    """
+    chunk, shared, direction = rows.chunk, out.shape[-1], rows.direction
+    assert direction is not None
+    assert chunk.balance is not None
+    task = rows.of(chunk.balance) / factor
     weight = task / labelled.total
     torch.addcmul(gradient, leading(labelled.exps, shared), weight, out=out)
-    if shared < rows.direction.shape[-1]:
-        torch.mul(labelled.exps[:, shared:], weight, out=rows.direction[:, shared:])
-    rows.direction.scatter_add_(-1, labelled.labels, task.neg_())
-    return sums, labelled
+    if shared < direction.shape[-1]:
+        torch.mul(labelled.exps[:, shared:], weight, out=direction[:, shared:])
+    direction.scatter_add_(-1, labelled.labels, task.neg_())
 
 
 def _weigh_and_add(

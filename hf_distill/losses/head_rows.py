@@ -232,7 +232,8 @@ class RowLosses:
             block = Rows(student, teacher, out[0] if out else None, start, chunk)
             slope = None
             if self._softcap is not None:
-                slope = _cap(student, self._softcap * (given.student if given else 1), slope=block.buffer(5, student))
+                slope = block.buffer(5, student)
+                _cap(student, self._softcap * (given.student if given else 1), slope=slope)
             if self._teacher_softcap is not None:
                 _cap(teacher, self._teacher_softcap * (given.teacher if given else 1))
             found, labelled = self._block(block, given, has_labels=has_labels)
@@ -261,11 +262,8 @@ class RowLosses:
         has_shares = self._formula is not None and direction is not None and direction.dtype == scratch.dtype
         balance = None
         if has_shares and has_labels:
-            has_shares = self._item_temperature is None and not may_weigh_nothing
-            if has_shares:
-                balance = task / weight
-                smallest, largest = extremes(balance)
-                has_shares = smallest > 0 and largest <= _LARGEST_BALANCE
+            balance = None if may_weigh_nothing else self._balance(task, weight)
+            has_shares = balance is not None
         return Chunk(
             items.targets,
             items.targets.masked_fill(task == 0, 0),
@@ -278,8 +276,15 @@ class RowLosses:
             scratch.unbind(),
             may_weigh_nothing,
             has_shares,
-            balance if has_shares else None,
+            balance,
         )
+
+    def _balance(self, task: Tensor, weight: Tensor) -> Tensor | None:
+        """(items, 1) task / weight, of weights above 0; None where gradients had better be weighed one by one."""
+        if self._item_temperature is not None:  # the weight is yet to be known
+            return None
+        balance = task / weight
+        return balance if extremes(balance)[1] <= _LARGEST_BALANCE else None
 
     def _block(self, rows: Rows, given: Factors | None, *, has_labels: bool) -> tuple[Sums | None, Labelled | None]:
         chunk, student, teacher = rows.chunk, leading(rows.student, rows.teacher.shape[-1]), rows.teacher
@@ -312,11 +317,9 @@ class RowLosses:
         return self._divergence(student, teacher, temperature=temperature.squeeze(-1), targets=targets)
 
 
-def _cap(logits: Tensor, softcap: float, *, slope: Tensor | None = None) -> Tensor | None:
-    """Caps (rows, classes) logits in place; returns its derivative at each of them, in the memory of `slope`."""
+def _cap(logits: Tensor, softcap: float, *, slope: Tensor | None = None) -> None:
+    """Caps (rows, classes) logits in place, and writes the derivative at each of them to `slope`."""
     logits.div_(softcap).tanh_()
     if slope is not None:
-        slope = slope[: logits.numel()].view(logits.shape)
         slope.copy_(logits).square_().neg_().add_(1)
     logits.mul_(softcap)
-    return slope

@@ -178,7 +178,10 @@ class _RowLosses:
         tensors = [logits, *teacher, choice, items.targets, *weights, *items[-3:]]
         for block in row_blocks([*tensors, *([] if direction is None else [direction])], rows):
             part = _Rows(*block)
-            slope = None if self._softcap is None else _cap(part.student, self._softcap, slope=scratch[3])
+            slope = None
+            if self._softcap is not None:
+                slope = scratch[3, : part.student.numel()].view(part.student.shape)
+                _cap(part.student, self._softcap, slope=slope)
             self._block(part, scratch)
             if part.direction is not None and slope is not None:
                 part.direction.mul_(slope)

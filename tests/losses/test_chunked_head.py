@@ -125,7 +125,7 @@ def test_masks_temperatures_and_vocabularies(masked, temperature, sizes, name, s
     assert_equal(case, Divergence(LOSSES.get(name)))
 
 
-@pytest.mark.parametrize("quotient", [1e-9, 1e-4, 1e4, 1e9])
+@pytest.mark.parametrize("quotient", [1e-30, 1e-9, 1e-4, 1e4, 1e9])
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "skewed_kl"])
 def test_one_term_may_weigh_far_more_than_the_other(quotient, name, small_chunks):
     case = Case(masked=0.0)
@@ -352,14 +352,14 @@ def offset_logits(offset, *, near=None, classes=300):
     return logits, other + offset
 
 
-def of_both(student, teacher, name, *, temperature, labelled):
+def of_both(student, teacher, name, *, temperature, labelled, kd=1.0):
     task = torch.zeros(len(student)).index_fill(0, torch.tensor(labelled, dtype=torch.int64), 1.0)
     sides = of_logits(student), of_logits(teacher)
     terms = chunked_head_loss(
         *sides,
         torch.arange(len(student)),
         task_weights=task,
-        kd_weights=torch.ones(len(student)),
+        kd_weights=torch.full((len(student),), kd),
         temperature=temperature,
         divergence=Divergence(LOSSES.get(name)),
     )
@@ -405,6 +405,35 @@ def test_the_height_of_both_sides_reaches_neither_term(offset, temperature):
     torch.testing.assert_close(terms.cross_entropy.double(), cross_entropy.detach(), rtol=1e-5, atol=2e-5)
     torch.testing.assert_close(terms.divergence.double(), values.detach(), rtol=1e-5, atol=2e-5)
     assert (gradient.double() - expected).norm() <= 5e-5 * expected.norm()
+
+
+def test_a_divergence_that_weighs_next_to_nothing_leaves_high_logits_their_cross_entropy():
+    student, teacher = (logits + 25 for logits in offset_logits(0.0))
+    _, gradient = of_both(student, teacher, "forward_kl", temperature=1.0, labelled=list(range(6)), kd=1e-30)
+    leaf = student.requires_grad_()
+    (expected,) = torch.autograd.grad(F.cross_entropy(leaf, torch.arange(6), reduction="sum"), leaf)
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_temperature_made_of_the_logits_stands_beside_labels_of_every_item():
+    student, teacher = offset_logits(0.0)
+
+    def adaptive(logits, others):
+        return 1 + logits.var(-1).sqrt() / 4
+
+    terms, gradient = of_both(student, teacher, "forward_kl", temperature=adaptive, labelled=list(range(6)))
+    leaf, temperature = student.double().requires_grad_(), adaptive(student, teacher).double()
+    values = LOSSES.get("forward_kl").function(leaf, teacher.double(), temperature=temperature)
+    loss = values.sum() + F.cross_entropy(leaf, torch.arange(6), reduction="sum")
+    torch.testing.assert_close(terms.loss.double(), loss.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(gradient.double(), torch.autograd.grad(loss, leaf)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(23, 23), (23, 17), (17, 23)])
+def test_items_without_a_label_stand_beside_others(sizes, small_chunks):
+    case = Case(masked=0.0, classes=sizes[0], shared=sizes[1])
+    case.task[:, ::3] = 0
+    assert_equal(case)
 
 
 def test_where_nobody_may_look_a_part_of_the_classes_has_a_maximum_of_its_own(monkeypatch):
