@@ -86,30 +86,30 @@ def chunked_head_loss(
         kept: (any,) int64, in order, the places among all items of those with a weight; None makes the host find them.
         workspace: memory of the call before, which saves a training time; None takes new.
     """
-    divergence = divergence or Divergence()
-    sides = {"student": student, "teacher": teacher}
-    check_items(sides, targets, task_weights=task_weights, kd_weights=kd_weights)
+    check_items({"student": student, "teacher": teacher}, targets, task_weights=task_weights, kd_weights=kd_weights)
     device = targets.device.type
     autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
     needs_gradient = torch.is_grad_enabled()
     with torch.no_grad(), torch.autocast(device, enabled=False):
-        shared = min(len(student.weight), len(teacher.weight))
         student_head = _head(student, len(student.weight), autocast, float32_logits)
-        teacher_head = _head(teacher, shared, autocast, float32_logits)
+        teacher_head = _head(teacher, min(len(student.weight), len(teacher.weight)), autocast, float32_logits)
         items = _items(student, targets, task_weights, kd_weights, temperature)
-        block = RowLosses(divergence, student, teacher, temperature=temperature, agreement=agreement)
-        if kept is None:
-            kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
+        block = RowLosses(divergence or Divergence(), student, teacher, temperature=temperature, agreement=agreement)
+        kept = _weighed(items.task, items.kd) if kept is None else kept
         chunk = chunk_items(kept, student_head.row_bytes + teacher_head.row_bytes, chunk_bytes)
-        workspace = workspace or Workspace()
-        student_head.reserve(chunk, workspace, is_student=True, gradients=needs_gradient)
-        teacher_head.reserve(chunk, workspace, is_student=False, gradients=False)
+        for head, gradients in ((student_head, needs_gradient), (teacher_head, False)):
+            head.reserve(chunk, workspace, is_student=head is student_head, gradients=gradients)
         _walk(student_head, teacher_head, items, block, kept, chunk)
         loss = (items.task * items.cross_entropy + items.kd * items.divergence).sum()
     if pairs := student_head.attached():
         loss = attach_gradients(loss, pairs)
     temperatures, cross_entropy, value, agrees = (column.view(targets.shape) for column in items[-4:])
     return HeadTerms(loss, cross_entropy, value, temperatures, agrees if agreement else None)
+
+
+def _weighed(task: Tensor, kd: Tensor) -> Tensor:
+    """(any,) the places of the items, (items, 1), that have a weight."""
+    return ((task > 0) | (kd > 0)).squeeze(-1).nonzero().squeeze(-1)
 
 
 def _head(

@@ -59,9 +59,9 @@ class ChunkedHead:
         """What one item's logits take."""
         return len(self._weight) * self.logits_dtype.itemsize
 
-    def reserve(self, items: int, workspace: Workspace, *, is_student: bool, gradients: bool) -> None:
+    def reserve(self, items: int, workspace: Workspace | None, *, is_student: bool, gradients: bool) -> None:
         """Makes room for chunks of up to so many items and, if asked for, for the gradients."""
-        self._buffer = workspace.logits(items, self._weight, self.logits_dtype, is_student=is_student)
+        self._buffer = (workspace or Workspace()).logits(items, self._weight, self.logits_dtype, is_student=is_student)
         if not gradients:
             return
         shapes = {"hidden": self._hidden, "weight": self._weight, "bias": self._weight[:, 0]}

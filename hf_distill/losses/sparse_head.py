@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_distill.losses.base import compute_dtype
-from hf_distill.losses.chunked_head import HeadTerms, _head, _places, check_items, chunk_items
+from hf_distill.losses.chunked_head import HeadTerms, _head, _places, _weighed, check_items, chunk_items
 from hf_distill.losses.head_products import ChunkedHead, Workspace
 from hf_distill.losses.head_rows import Divergence, _cap
 from hf_distill.losses.row_gradient import attach_gradients, row_blocks, rows_per_block
@@ -64,11 +64,10 @@ def sparse_head_loss(
     with torch.no_grad(), torch.autocast(device, enabled=False):
         head = _head(student, len(student.weight), autocast, float32_logits)
         items = _items(teacher, targets, task_weights, kd_weights, dtype=compute_dtype(student.hidden))
-        if kept is None:
-            kept = ((items.task > 0) | (items.kd > 0)).squeeze(-1).nonzero().squeeze(-1)
+        kept = _weighed(items.task, items.kd) if kept is None else kept
         block = _RowLosses(divergence, student, teacher.temperature, classes, agreement=agreement)
         chunk = chunk_items(kept, head.row_bytes, chunk_bytes)
-        head.reserve(chunk, workspace or Workspace(), is_student=True, gradients=needs_gradient)
+        head.reserve(chunk, workspace, is_student=True, gradients=needs_gradient)
         _walk(head, items, block, kept, chunk)
         loss = (items.task * items.cross_entropy + items.kd * items.divergence).sum()
     if pairs := head.attached():
