@@ -69,7 +69,9 @@ def main() -> None:
     trainer.save_model()
     if splits["test"] is not None:
         metrics = trainer.evaluate()
-        trainer.save_metrics("eval", {**metrics, "eval_perplexity": math.exp(metrics["eval_loss"])})
+        metrics["eval_perplexity"] = math.exp(metrics["eval_loss"])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
 

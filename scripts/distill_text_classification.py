@@ -69,7 +69,9 @@ def main() -> None:
     )
     trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
     trainer.save_model()
-    trainer.save_metrics("eval", trainer.evaluate())
+    metrics = trainer.evaluate()
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
     if args.push_to_hub:
         trainer.push_to_hub()
 

@@ -51,6 +51,19 @@ def test_a_students_folder_gives_it_the_teachers_kind_of_head_and_label_names(as
     assert hf.AutoConfig.from_pretrained(tmp_path / "distilled").id2label == LABELS
 
 
+@pytest.mark.parametrize("wrong", ["model", "teacher_model"])
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_name_that_nothing_is_found_under_is_told_with_its_argument(wrong, by_name, tmp_path):
+    student, teacher = pair("bert")
+    right = saved(student, tmp_path / "student") if by_name else student
+    models = (right, "nowhere/at-all") if wrong == "teacher_model" else ("nowhere/at-all", teacher)
+    if by_name and wrong == "model":
+        models = ("nowhere/at-all", saved(teacher, tmp_path / "teacher"))
+    with pytest.raises(OSError, match=f"^{wrong}='nowhere/at-all' could not be loaded: ") as refusal:
+        make_trainer(tmp_path, models=models)
+    assert isinstance(refusal.value.__cause__, OSError)
+
+
 def test_between_two_folders_the_teacher_decides_on_the_head(tmp_path):
     student = saved(hf.DistilBertForMaskedLM(distilbert().config), tmp_path / "student")
     teacher = bert(id2label=LABELS, label2id={name: i for i, name in LABELS.items()})

@@ -216,6 +216,15 @@ class TestNumbers:
         ):
             arguments(tmp_path, kd_weight=0.0, task_weight=0.0)
 
+    @pytest.mark.parametrize(
+        ("typed", "meant"), [("kl", "forward_kl, reverse_kl, symmetric_kl"), ("MSE", "logit_mse, centered_logit_mse")]
+    )
+    def test_a_part_of_a_losss_name_is_answered_with_the_losses_of_logits_that_have_it(self, typed, meant, tmp_path):
+        match = rf"Unknown loss '{typed}'\. Is one of these meant: {meant}, [a-z_, ]*\? Known: forward_kl"
+        with pytest.raises(ValueError, match=match) as refusal:
+            arguments(tmp_path, kd_loss=typed)
+        assert "hidden" not in str(refusal.value)
+
     @pytest.mark.parametrize(("typed", "meant"), [("forward_lk", "forward_kl"), ("logits_mse", "logit_mse")])
     def test_an_unknown_loss_is_answered_with_the_nearest(self, typed, meant, tmp_path):
         with pytest.raises(ValueError, match=rf"Unknown loss '{typed}'\. Did you mean '{meant}'\? Known: forward_kl"):

@@ -64,7 +64,7 @@ def _assert_same_run(alone: Path, together: Path) -> None:
         torch.testing.assert_close(weights[1][name], value, rtol=1e-3, atol=1e-5)
 
 
-def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_and_two_processes(tmp_path):
+def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_and_two_processes(tmp_path, capsys):
     words = ["rain", "sun", "song", "band", "table", "chair"]
     lines = [
         (f"{words[i % 6]} {words[(i + i // 6) % 6]} {i % 5}", f"class {i % 3}" if i % 4 else "") for i in range(64)
@@ -82,6 +82,7 @@ def test_text_classification_on_a_partly_labelled_file_gives_one_result_on_one_a
     more = (f"--dataset={dataset}", f"--item_weights={json.dumps(weights)}")
     script = "distill_text_classification.py"
     _run_alone(script, *_options(tmp_path, "alone", 16), *more)
+    assert "eval_accuracy " in capsys.readouterr().out
     run_twice(_run_alone, script, *_options(tmp_path, "together", 8), *more, "--ddp_backend=gloo")
     _assert_same_run(tmp_path / "alone", tmp_path / "together")
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "alone")
@@ -101,7 +102,7 @@ def test_language_model_on_a_text_file_gives_one_result_on_one_and_two_processes
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "alone").config.vocab_size == len(tokenizer)
 
 
-def test_a_language_model_goes_on_from_its_last_checkpoint(tmp_path):
+def test_a_language_model_goes_on_from_its_last_checkpoint_and_prints_its_evaluation(tmp_path, capsys):
     dataset = tmp_path / "corpus.txt"
     dataset.write_text("\n".join(f"the {i} cats sat on the {i * 7 % 13} mats" for i in range(80)))
     tokenizer = train_wordpiece(dataset.read_text().splitlines(), vocabulary_size=90)
@@ -111,3 +112,4 @@ def test_a_language_model_goes_on_from_its_last_checkpoint(tmp_path):
     _run_alone("distill_language_model.py", *options, "--max_steps=6", "--resume_from_checkpoint=true")
     log = json.loads((tmp_path / "out/checkpoint-6/trainer_state.json").read_text())["log_history"]
     assert [entry["step"] for entry in log if "loss" in entry] == [1, 2, 3, 4, 5, 6]
+    assert "eval_perplexity " in capsys.readouterr().out

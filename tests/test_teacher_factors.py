@@ -29,6 +29,17 @@ def test_a_teacher_without_such_a_head_gives_its_logits():
     assert len(output.logits) == 1
 
 
+def test_a_float16_teacher_is_said_to_be_the_reason_why_logits_are_formed(tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("hf_distill.chunked_terms.logger.warning", said.append)
+    student, teacher = pair("llama")
+    make_trainer(tmp_path, "llama", models=(student, teacher.half())).train()
+    assert said == [
+        "Logits of tokens x vocabulary are formed: the teacher's logits cannot be taken apart: the head of "
+        "LlamaForCausalLM is held in torch.float16; load it in bfloat16 or float32."
+    ]
+
+
 def test_a_teacher_that_cannot_give_factors_is_asked_for_logits(tmp_path):
     class Plain:
         def __init__(self, model):

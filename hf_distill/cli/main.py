@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from typing import NoReturn
 
 import hf_distill
 
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         module.add_arguments(command)
         command.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-        command.set_defaults(run=module.run, takes_more=takes_more)
+        command.set_defaults(run=module.run, takes_more=takes_more, parser=command)
     return parser
 
 
@@ -55,7 +56,7 @@ def _run(argv: Sequence[str] | None) -> int:
     parser = build_parser()
     arguments, more = parser.parse_known_args(argv)
     if more and not arguments.takes_more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        _refuse(arguments.parser, more)
     arguments.more = more
     try:
         arguments.run(arguments)
@@ -73,6 +74,15 @@ def _run(argv: Sequence[str] | None) -> int:
         print(f"hf-distill {arguments.command}: stopped{remedy}", file=sys.stderr)
         return 130
     return 0
+
+
+def _refuse(parser: argparse.ArgumentParser, more: Sequence[str]) -> NoReturn:
+    """Ends with the usage of the command whose words these are not, and the option that may be meant."""
+    from hf_distill.config.checks import did_you_mean
+
+    option = next((word.partition("=")[0] for word in more if word.startswith("--")), None)
+    meant = "" if option is None else did_you_mean(option, parser._option_string_actions)
+    parser.error(f"unrecognized arguments: {' '.join(more)}.{meant}")
 
 
 def _is_for_users(error: Exception) -> bool:

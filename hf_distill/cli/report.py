@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 DESCRIPTION = "Measure teacher and student on the same rows: quality, size, speed, and what else could be done."
-# Of make_report, which has a default for each.
+# Of make_report, which knows what to do without each.
 _NUMBERS = {
     "repeats": "timed runs of each point of the grid",
     "warm_up": "runs before these that are not timed",
@@ -60,7 +60,9 @@ def run(arguments: argparse.Namespace) -> None:
     Raises:
         ValueError: models or rows that cannot be compared.
     """
-    from hf_distill.recipes.progress import quiet_libraries
+    from rich.console import Console
+
+    from hf_distill.recipes.progress import TrainingProgress, quiet_libraries
     from hf_distill.recipes.recipe import TASKS, DataPart, Recipe, StudentPart, TeacherPart
     from hf_distill.recipes.values import check_folder
 
@@ -87,8 +89,9 @@ def run(arguments: argparse.Namespace) -> None:
     from hf_distill.recipes.measure import report_of_recipe
     from hf_distill.report.markdown import headline, results_table
 
+    progress = TrainingProgress(Console(stderr=True))
     with quiet_libraries():
-        report = report_of_recipe(recipe, options)
+        report = report_of_recipe(recipe, {"progress": progress.say, **options})
     print(f"{headline(report)}\n\n{results_table(report)}")
     if arguments.output_dir is not None:
         print(f"\nWritten: {arguments.output_dir}")

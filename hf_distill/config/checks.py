@@ -40,6 +40,12 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
     return f" Did you mean {words[nearest[0]]!r}?" if nearest else ""
 
 
+def names_with(word: Any, known: Iterable[str]) -> str:
+    """The known words that a shorter one is part of, or nothing: `kl` is not near to any, and in several."""
+    found = [each for each in known if str(word).casefold() in each.casefold()] if word else []
+    return f" Is one of these meant: {', '.join(found)}?" if found else ""
+
+
 def check_window(name: str, active: Any) -> None:
     """Refuses what is no part (start, end) of the training's progress."""
     if not (

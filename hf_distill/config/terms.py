@@ -17,6 +17,7 @@ from hf_distill.config.checks import (
     check_window,
     did_you_mean,
     is_number,
+    names_with,
 )
 from hf_distill.layer_mapping import DYNAMIC_MAPS, EXPLICIT_MAP, MAPS
 from hf_distill.losses import LOSSES
@@ -146,7 +147,8 @@ class LogitTerm(Term):
     def _check_loss(self) -> None:
         known = [name for name in LOSSES if LOSSES.get(name).feature == "logits"]
         if self.loss not in LOSSES:
-            raise ValueError(f"Unknown loss {self.loss!r}.{did_you_mean(self.loss, known)} Known: {', '.join(known)}.")
+            meant = did_you_mean(self.loss, known) or names_with(self.loss, known)
+            raise ValueError(f"Unknown loss {self.loss!r}.{meant} Known: {', '.join(known)}.")
         if self.loss not in known:
             raise ValueError(
                 f"kd_loss={self.loss!r} compares {LOSSES.get(self.loss).feature}, not logits. Make it the loss of a "

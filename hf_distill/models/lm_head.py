@@ -235,7 +235,9 @@ def _find_head(model: Any) -> tuple[nn.Module | None, str | None]:
     if not isinstance(linear, nn.Linear) or type(linear).forward is not nn.Linear.forward or "forward" in vars(linear):
         return None, f"the head of {name} is a {type(linear).__name__}, not a plain linear layer"
     weight = linear.weight
-    if not weight.is_floating_point() or weight.dtype == torch.float16 or type(weight.data) is not Tensor:
+    if weight.dtype == torch.float16:
+        return None, f"the head of {name} is held in torch.float16; load it in bfloat16 or float32"
+    if not weight.is_floating_point() or type(weight.data) is not Tensor:
         return None, f"the head of {name} is held in {weight.dtype} as {type(weight.data).__name__}"
     return head, None
 

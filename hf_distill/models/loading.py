@@ -1,12 +1,32 @@
 """Models given by name or path, in the class that they were saved from."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import transformers
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 _HUB_NAMES = ("revision", "token", "cache_dir", "subfolder", "trust_remote_code")
+
+
+class NotLoadedError(OSError):
+    """A model could not be read from the name that an argument gives; the cause is what the library said."""
+
+
+@contextmanager
+def named(argument: str, name: str) -> Iterator[None]:
+    """Where a model is not found, the error says which argument named it: the library's may name neither.
+
+    Raises:
+        NotLoadedError: in place of an `OSError` within.
+    """
+    try:
+        yield
+    except NotLoadedError:
+        raise
+    except OSError as error:
+        raise NotLoadedError(f"{argument}={name!r} could not be loaded: {error}") from error
 
 
 def read_config(name: str, kwargs: Mapping[str, Any]) -> PreTrainedConfig:
@@ -24,12 +44,15 @@ def load_as_saved(name: str, kwargs: Mapping[str, Any], *, argument: str) -> Pre
 
     Raises:
         ValueError: the config does not say which class of Transformers it was saved from.
+        NotLoadedError: nothing is found under the name.
     """
-    config = read_config(name, kwargs)
+    with named(argument, name):
+        config = read_config(name, kwargs)
     architecture = next(iter(config.architectures or ()), "")
     if not hasattr(transformers, architecture):
         raise ValueError(
             f"{argument}={name!r} is a name, and its config does not say which head it has (architectures="
             f"{config.architectures}). Load it yourself and pass the module."
         )
-    return getattr(transformers, architecture).from_pretrained(name, **kwargs)
+    with named(argument, name):
+        return getattr(transformers, architecture).from_pretrained(name, **kwargs)

@@ -12,6 +12,7 @@ from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoTokenizer
 
 from hf_distill.alignment import is_unnamed
 from hf_distill.models.heads import auto_class_name, task_model
+from hf_distill.models.loading import NotLoadedError
 from hf_distill.models.student import build_student
 from hf_distill.recipes.recipe import TASKS, Recipe, StudentPart
 from hf_distill.teachers.loading import load_student, load_teacher
@@ -109,7 +110,8 @@ def named(key: str, name: str) -> Iterator[None]:
         yield
     except _OF_FILES as error:
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise ValueError(f"{key}={name!r} could not be loaded: {kind}{error}") from error
+        reason = error.__cause__ if isinstance(error, NotLoadedError) else error  # without the argument's other name
+        raise ValueError(f"{key}={name!r} could not be loaded: {kind}{reason}") from error
 
 
 def read_layers(value: Any) -> Any:

@@ -31,6 +31,7 @@ _NOT_WRITTEN = (
     "compute_metrics",
     "preprocess_logits_for_metrics",
     "training",
+    "progress",
 )
 _OF_A_STAGE = ("name", "distillation", "training", "teacher", "student")
 

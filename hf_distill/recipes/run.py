@@ -183,7 +183,8 @@ class _Job:
         if options is None:
             return None, None
         try:
-            return trainer.report(**{"data_name": self._data_name, **options}), None
+            named = {"data_name": self._data_name, "progress": self._progress.say}
+            return trainer.report(**{**named, **options}), None
         except ValueError as error:
             return None, error
 

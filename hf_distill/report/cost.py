@@ -1,6 +1,7 @@
 """What a model costs to keep and to run: parameters, bytes on disk, memory, operations and time."""
 
 import copy
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -66,7 +67,13 @@ class Runner:
 
 
 def measure_latencies(
-    runners: Sequence[Runner], *, batch_sizes: Sequence[int], repeats: int, warm_up: int
+    runners: Sequence[Runner],
+    *,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    warm_up: int,
+    seconds: float = math.inf,
+    progress: Callable[[int, int | None], None] = lambda batch_size, length: None,
 ) -> list[tuple[Timing, ...] | Exception]:
     """How long a forward pass of each model takes, measured in turns.
 
@@ -83,6 +90,8 @@ def measure_latencies(
         batch_sizes: rows of a batch.
         repeats: timed passes of a model in a cell.
         warm_up: passes before them.
+        seconds: of a cell, all models together, after which it gets no more passes: two turns each it has always.
+        progress: is told the batch size and the length of each cell before it is measured.
 
     Returns: the grid of each model, or the error that ended it; the others go on without that one.
     """
@@ -94,12 +103,13 @@ def measure_latencies(
             stack.enter_context(in_eval_mode(runner.model))
         stack.enter_context(torch.no_grad())  # inference_mode would leave its mark on tensors that a model caches
         for batch_size, length in cells:
+            progress(batch_size, length)
             cell = {
                 place: _Passes(runner, batch_size, length)
                 for place, runner in enumerate(runners)
                 if length in lengths[place] and isinstance(found[place], list)
             }
-            _take_turns([*cell.values()], repeats=repeats, warm_up=warm_up)
+            _take_turns([*cell.values()], repeats=repeats, warm_up=warm_up, seconds=seconds)
             for place, passes in cell.items():
                 own = found[place]
                 if passes.error is not None:
@@ -261,11 +271,14 @@ class _Passes:
             self.error = error.with_traceback(None)  # whose frames would keep the model in memory
 
 
-def _take_turns(models: list[_Passes], *, repeats: int, warm_up: int) -> None:
+def _take_turns(models: list[_Passes], *, repeats: int, warm_up: int, seconds: float) -> None:
     for passes in models:
         passes.run(untimed=warm_up, timed=0)
     untimed = 1 if len(models) > 1 else 0
     for turn, start in enumerate(range(0, repeats, _IN_A_ROW)):
+        # As many turns in one order as in the other.
+        if turn > 0 and turn % 2 == 0 and sum(sum(passes.seconds) for passes in models) >= seconds:
+            break
         # The order changes, or the last one would always be timed on what the machine is by then.
         for passes in models if turn % 2 == 0 else models[::-1]:
             passes.run(untimed=untimed, timed=min(_IN_A_ROW, repeats - start))

@@ -136,8 +136,9 @@ def _data(dataset: Any, name: str | None) -> dict[str, Any]:
 
 
 def _method(options: ReportOptions) -> str:
+    timed = "up to 30 (10 where they take long)" if options.repeats is None else options.repeats
     return (
-        f"one forward pass without gradients of rows without padding; {options.repeats} timed after "
+        f"one forward pass without gradients of rows without padding; {timed} timed after "
         f"{options.warm_up} to warm up, the models in turns; median (p50) and 95th percentile (p95); baselines in "
         "turns with the teacher, as multiples of its time"
     )

@@ -30,7 +30,8 @@ class ReportOptions:
         batch_sizes: of the latency grid.
         lengths: of the latency grid, in tokens (samples, of sound); None takes the median and the greatest of the
             rows. Images have none.
-        repeats: timed passes of each cell of the grid.
+        repeats: timed passes of each cell of the grid; None takes 30, or as many as a cell has time for where a pass
+            takes long, at least 10.
         warm_up: passes before them.
         threads: of the processor, while this measures; None leaves their number.
         device: None takes the student's, or the accelerator for a student given by name.
@@ -39,6 +40,7 @@ class ReportOptions:
         data_name: what the data set is called; None takes the name it has.
         output_dir: where `report.json`, `report.md` and the plots are written; None writes nothing.
         training: the run's record; that of a student's folder is found there.
+        progress: is told what is measured next, in a line; `print` will do. None tells nobody.
 
     Raises:
         ValueError: a number of threads or rows below 1.
@@ -55,7 +57,7 @@ class ReportOptions:
     baselines: Sequence[str] = ("int8", "pruned", "low_rank")
     batch_sizes: Sequence[int] = (1, 8, 32)
     lengths: Sequence[int] | None = None
-    repeats: int = 30
+    repeats: int | None = None
     warm_up: int = 5
     threads: int | None = None
     device: str | torch.device | None = None
@@ -63,6 +65,7 @@ class ReportOptions:
     data_name: str | None = None
     output_dir: str | os.PathLike | None = None
     training: Mapping[str, Any] | None = None
+    progress: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
         for name in ("threads", "batch_size", "repeats"):

@@ -1,5 +1,6 @@
 """The models of one report, measured on the same rows and timed in turns."""
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -29,6 +30,8 @@ from hf_distill.teachers import LocalTeacher, SparseTeacher, Teacher
 
 _NO_HEAD = "It has no head, so there are no choices to compare."
 _NO_COST = "What it costs could not be measured"
+# Where nobody says how often: 30 passes of a large batch would take minutes, and long passes vary less.
+_REPEATS, _SECONDS = 30, 4.0
 _OTHER_TOKENS = "It reads tokens of its own, and the labels are the student's: it has no score of the task."
 
 
@@ -87,6 +90,7 @@ class Session:
         if tokenizer is None:
             tokenizer = teacher_tokenizer(teacher_name if is_name(teacher_name) else None, local, processing_class)
         self._options, self._device, self._processing_class = options, device, processing_class
+        self._say = options.progress or (lambda line: None)
         self.pair = pair_models(
             student,
             self.teacher,
@@ -139,9 +143,9 @@ class Session:
             if self._options.undistilled is not None:
                 undistilled = self._undistilled(self._options.undistilled, stack)
                 entries.append(_Entry("student, undistilled", UNDISTILLED, undistilled))
-            qualities = [self._quality(entry.contender) for entry in entries]
+            qualities = [self._quality(entry) for entry in entries]
             runners = [self._runner(entry.contender) for entry in entries]
-            timed = self._latencies(runners)
+            timed = self._latencies(runners, ", ".join(entry.name for entry in entries))
             found = [self._result(*each) for each in zip(entries, qualities, runners, timed, strict=True)]
         notes = []
         if self.pair.task is not Task.EMBEDDING and not teacher.labelled:
@@ -169,8 +173,10 @@ class Session:
     def _baselines(self, reference: Sequence[Timing]) -> Iterator[ModelResult]:
         samples = self._samples(as_teacher(self.teacher, self.pair))
         example = samples(1, self._lengths(samples)[0])
-        for name, model, size_bytes, note in baselines_of(self.teacher, self._options.baselines, example=example):
+        for name in self._options.baselines:
             called = f"teacher, {name}"
+            self._say(f"{called}: made")
+            _, model, size_bytes, note = next(baselines_of(self.teacher, (name,), example=example))
             if model is None:
                 yield ModelResult(called, BASELINE, note=note)
                 continue
@@ -186,17 +192,18 @@ class Session:
         self, name: str, model: nn.Module, size_bytes: int | None, reference: Sequence[Timing]
     ) -> ModelResult:
         entry = _Entry(name, BASELINE, as_teacher(model, self.pair), size_bytes)
-        quality = self._quality(entry.contender)
+        quality = self._quality(entry)
         runner = self._runner(entry.contender)
-        beside, timed = self._latencies([self._runner(as_teacher(self.teacher, self.pair)), runner])
+        beside, timed = self._latencies([self._runner(as_teacher(self.teacher, self.pair)), runner], name)
         if not isinstance(beside, Exception) and not isinstance(timed, Exception):
             timed = _on_the_first_machine(timed, beside, reference)
         return replace(self._result(entry, quality, runner, timed), source=None)
 
-    def _quality(self, contender: Contender) -> Quality | None:
+    def _quality(self, entry: _Entry) -> Quality | None:
         if self.pair.task is Task.EMBEDDING:
             return None
-        quality = self._comparison.quality(contender)
+        self._say(f"{entry.name}: scores")
+        quality = self._comparison.quality(entry.contender)
         if self.metric is None and quality.metrics:  # refused, if it must be, before the work is done
             self.metric = self.scorer.metric(self._options.metric, quality.metrics)
         return quality
@@ -205,10 +212,18 @@ class Session:
         samples = self._samples(contender)
         return Runner(contender.model, samples, self._lengths(samples))
 
-    def _latencies(self, runners: Sequence[Runner]) -> list[tuple[Timing, ...] | Exception]:
+    def _latencies(self, runners: Sequence[Runner], names: str) -> list[tuple[Timing, ...] | Exception]:
+        def say(batch_size: int, length: int | None) -> None:
+            self._say(f"{names}: latency, batch {batch_size}" + ("" if length is None else f", length {length}"))
+
         options = self._options
         return measure_latencies(
-            runners, batch_sizes=options.batch_sizes, repeats=options.repeats, warm_up=options.warm_up
+            runners,
+            batch_sizes=options.batch_sizes,
+            repeats=options.repeats or _REPEATS,
+            warm_up=options.warm_up,
+            seconds=_SECONDS if options.repeats is None else math.inf,
+            progress=say,
         )
 
     def _result(
@@ -229,7 +244,7 @@ class Session:
                     make_batch=runner.make_batch,
                     batch_sizes=self._options.batch_sizes,
                     lengths=runner.lengths,
-                    repeats=self._options.repeats,
+                    repeats=self._options.repeats or _REPEATS,
                     warm_up=self._options.warm_up,
                     size_bytes=entry.size_bytes,
                     timings=timed,

@@ -8,7 +8,7 @@ from torch import nn
 from transformers import MODEL_FOR_TEXT_ENCODING_MAPPING, AutoModelForTextEncoding, PreTrainedModel
 
 from hf_distill.models.heads import auto_class_name, task_model
-from hf_distill.models.loading import load_as_saved, read_config
+from hf_distill.models.loading import load_as_saved, named, read_config
 
 # What builds a model without a head.
 _HEADLESS = "AutoModel"
@@ -25,6 +25,7 @@ def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) 
 
     Raises:
         ValueError: no Auto class builds models like the student, or nothing says which head the teacher has.
+        NotLoadedError: nothing is found under the name.
     """
     kwargs = {"dtype": "auto", **(init_kwargs or {})}
     if student is None:
@@ -35,8 +36,9 @@ def load_teacher(name: str, student: nn.Module | None, init_kwargs: Any = None) 
             f"teacher_model={name!r} is a name, but no Auto class builds models like the student "
             f"({type(task_model(student)).__name__}). Load the teacher yourself and pass the module."
         )
-    loader = _loader(auto_class, name, kwargs)
-    teacher, info = loader.from_pretrained(name, **kwargs, output_loading_info=True)
+    with named("teacher_model", name):
+        loader = _loader(auto_class, name, kwargs)
+        teacher, info = loader.from_pretrained(name, **kwargs, output_loading_info=True)
     if auto_class == _HEADLESS and {key.split(".")[0] for key in info["missing_keys"]} == {"pooler"}:
         teacher.pooler = None  # noise, as language models are saved without; so it is with add_pooling_layer=False
     elif info["missing_keys"]:
@@ -58,13 +60,15 @@ def load_student(name: str, teacher: nn.Module | None, init_kwargs: Any = None) 
 
     Raises:
         ValueError: neither the teacher nor the student's config says which head to load.
+        NotLoadedError: nothing is found under the name.
     """
     kwargs = dict(init_kwargs or {})
     if teacher is not None and (auto_class := auto_class_name(teacher)) is not None:
         config = task_model(teacher).config
         if "num_labels" not in kwargs and "id2label" not in kwargs and _names_labels(auto_class):
             kwargs |= {"id2label": config.id2label, "label2id": config.label2id}
-        return _loader(auto_class, name, kwargs).from_pretrained(name, **kwargs)
+        with named("model", name):
+            return _loader(auto_class, name, kwargs).from_pretrained(name, **kwargs)
     return load_as_saved(name, kwargs, argument="model")
 
 

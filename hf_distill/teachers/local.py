@@ -42,7 +42,12 @@ class LocalTeacher:
     @property
     def gives_factors(self) -> bool:
         """Whether the logits can be taken apart, as far as is known."""
-        return self._tap.reason is None
+        return self.no_factors is None
+
+    @property
+    def no_factors(self) -> str | None:
+        """Why the logits cannot be taken apart; None while they can, as far as is known."""
+        return self._tap.reason
 
     def prepare_recording(self, features: Sequence[Feature]) -> None:
         """Makes ready to record these features; see `RecordingTeacher`."""
@@ -128,7 +133,12 @@ class AdapterOffTeacher:
     @property
     def gives_factors(self) -> bool:
         """Whether the base's logits can be taken apart, as far as is known."""
-        return self._recorder is None or self._recorder.gives_factors
+        return self.no_factors is None
+
+    @property
+    def no_factors(self) -> str | None:
+        """Why the base's logits cannot be taken apart; None while they can, as far as is known."""
+        return None if self._recorder is None else self._recorder.no_factors
 
     def place(self, device: torch.device) -> None:
         """Nothing: the student is there already."""

@@ -101,6 +101,12 @@ def _prepared(
     kept: Iterable[str],
     name: str,
 ) -> Any:
+    if (found is TextFormat.TEXT or not _holds_messages(dataset, found)) and not _ends_texts(tokenizer):
+        warnings.warn(
+            "The tokenizer has no eos_token, so nothing is put behind the texts, and a student does not learn where "
+            "to end. Name the token of its vocabulary that ends a text: tokenizer.eos_token = '</s>'.",
+            stacklevel=2,
+        )
     packs = training and args.packing
     wraps = packs and args.packing_strategy == "wrapped"
     columns = columns_of(dataset) or []
@@ -118,6 +124,14 @@ def _prepared(
     described = {"desc": f"Packing {name}"} if described else {}
     packing = Packing(args.max_length, wraps=wraps)
     return tokenised.map(packing, batched=True, batch_size=_ROWS_AT_ONCE, **described)
+
+
+def _ends_texts(tokenizer: Any) -> bool:
+    """Whether texts get an end: the token for it, or what the tokenizer itself puts behind them."""
+    if tokenizer.eos_token_id is not None:
+        return True
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return bool(ids) and ids[-1] in tokenizer.all_special_ids and ids[-1] != tokenizer.unk_token_id
 
 
 def _holds_messages(dataset: Any, found: TextFormat) -> bool:

@@ -43,6 +43,17 @@ def test_answers_are_written_and_summed_up(teacher, tmp_path, capsys):
     assert "all there already" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("value", [["=4"], ["", "4"]])
+def test_an_unknown_option_is_told_with_the_commands_usage_and_the_nearest(capsys, value):
+    with pytest.raises(SystemExit) as end:
+        main(["generate", "t", "p", "o", f"--max_new_tokenz{value[0]}", *value[1:]])
+    said = capsys.readouterr().err
+    assert end.value.code == 2
+    assert "usage: hf-distill generate [-h]" in said
+    assert "unrecognized arguments: --max_new_tokenz" in said
+    assert said.endswith("Did you mean '--max_new_tokens'?\n")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

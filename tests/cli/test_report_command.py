@@ -61,6 +61,22 @@ def test_text_for_a_language_model_is_tokenised(tmp_path, capsys):
     assert "perplexity" in capsys.readouterr().out
 
 
+def test_each_thing_measured_is_a_line_beside_the_report(folder, capsys):
+    options = ["--columns", "text=sentence", "--baselines", "pruned", "--lengths", "8"]
+    assert report(folder, *options) == 0
+    printed = capsys.readouterr()
+    lines = [line for line in printed.err.splitlines() if line.startswith(("teacher", "student"))]
+    assert lines == [
+        "teacher: scores",
+        "student: scores",
+        "teacher, student: latency, batch 1, length 8",
+        "teacher, pruned: made",
+        "teacher, pruned: scores",
+        "teacher, pruned: latency, batch 1, length 8",
+    ]
+    assert "latency, batch" not in printed.out
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [

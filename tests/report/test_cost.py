@@ -104,6 +104,17 @@ def test_what_the_model_before_left_in_the_caches_is_not_timed(monkeypatch):
     assert [ran.count(model) for model in models] == [2 + 12 + 3] * 2  # one a turn is not timed
 
 
+def test_a_cell_that_takes_long_ends_early_after_two_turns_of_each(clocked):
+    model = clocked([1.0] * 5 + [1e-3] * 99 + [0.4] * 99)
+    options = {"batch_sizes": (1, 2), "repeats": 30, "warm_up": 5, "seconds": 3.0}
+    cells = []
+    (timings,) = measure_latencies(
+        [Runner(model, tokens, (4, 6))], progress=lambda *cell: cells.append(cell), **options
+    )
+    assert cells == [(1, 4), (1, 6), (2, 4), (2, 6)]
+    assert [timing.repeats for timing in timings] == [30, 30, 30, 10]
+
+
 def test_a_model_that_fails_in_a_cell_leaves_the_others_their_times():
     class Small(Clocked):
         def forward(self, input_ids):

@@ -303,3 +303,12 @@ def test_mistakes_are_told_before_anything_is_measured(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["BertForSequenceClassification"]}))
     with pytest.raises(ValueError, match="no weights for classifier"):
         make_report(teacher, tmp_path, data)
+
+
+@pytest.mark.parametrize(("asked", "timed"), [({}, 10), ({"repeats": 12}, 12)])
+def test_passes_that_take_long_are_fewer_unless_their_number_is_asked_for(asked, timed, monkeypatch):
+    monkeypatch.setattr("hf_distill.report.session._SECONDS", 0.0)
+    student, teacher = pair("bert")
+    found = make_report(teacher, student, rows("sequence"), baselines=(), batch_sizes=(1,), warm_up=0, **asked)
+    assert [{each.repeats for each in model.cost.timings} for model in found.models] == [{timed}] * 2
+    assert f"{asked.get('repeats', 'up to 30 (10 where they take long)')} timed" in found.environment["latency"]

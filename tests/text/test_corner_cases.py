@@ -1,15 +1,20 @@
 """Raw text at its edges: how a tokenizer pads, rows that nobody can answer, settings that change."""
 
+import warnings
+
 import pytest
 from datasets import Dataset
+from tokenizers.processors import TemplateProcessing
 
 from hf_distill.text.formats import RowTokenizer, TextFormat
+from hf_distill.text.preparation import prepare_text
 from tests import tiny
 from tests.on_policy_cases import on_policy_trainer, window
-from tests.text.corpus import SENTENCES, tokenizer
+from tests.text.corpus import PLAIN_TEMPLATE, SENTENCES, talk, tokenizer
 from tests.text.models import pair
 from tests.text.test_text_setup import TEXTS, make_trainer
 from tests.tokenizers_of_text import sentence_piece
+from tests.training import arguments
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -31,6 +36,35 @@ def test_the_side_on_which_the_tokenizer_pads_changes_nothing(tmp_path, name):
 def test_empty_texts_are_left_out_whatever_the_tokenizer_puts_around_them(begins):
     made = RowTokenizer(tokenizer(begins=begins), TextFormat.TEXT)({"text": ["", "a ship"]}, [0, 1])
     assert len(made["input_ids"]) == 1
+
+
+ENDS = [
+    ({"text": "a ship"}, True),
+    ({"prompt": "a", "completion": " ship"}, True),
+    ({"messages": talk("a", "b")}, False),
+]
+
+
+@pytest.mark.parametrize(("row", "is_warned"), ENDS, ids=["text", "completion", "messages"])
+def test_texts_without_an_end_because_the_tokenizer_has_none_are_warned_of(tmp_path, row, is_warned):
+    rows, args = Dataset.from_list([row] * 3), arguments(tmp_path)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        prepare_text(rows, tokenizer(PLAIN_TEMPLATE, eos_token=None), args)
+        said = [str(each.message) for each in seen if "eos_token" in str(each.message)]
+        prepare_text(rows, tokenizer(PLAIN_TEMPLATE), args)
+        assert len([each for each in seen if "eos_token" in str(each.message)]) == len(said) == is_warned
+    assert all("tokenizer.eos_token = " in each for each in said)
+
+
+def test_a_tokenizer_that_ends_its_texts_itself_needs_no_end_token(tmp_path):
+    made = tokenizer(eos_token=None, sep_token="<|end|>")
+    end = ("<|end|>", made.sep_token_id)
+    made.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|end|>", special_tokens=[end])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        (row,) = prepare_text(Dataset.from_list([{"text": "a ship"}]), made, arguments(tmp_path))
+    assert row["input_ids"][-1] == made.sep_token_id
 
 
 def test_texts_to_evaluate_that_are_longer_than_a_table_of_positions_are_refused(tmp_path):
