@@ -27,7 +27,7 @@ from hf_distill.losses.row_gradient import extremes, may_read, row_blocks, rows_
 from hf_distill.signals import LogitFactors
 
 # A block's logits are read from further away, so that fewer of its rows fit the cache than its scratch alone.
-_CACHED_BUFFERS = 7
+_CACHED_BUFFERS = 9
 # A cross-entropy that weighs more than the divergence by as much is added to it in its own units.
 _LARGEST_BALANCE = 2.0**20
 # (rows, classes) logits of student and teacher -> (rows,) temperatures without a graph.
