@@ -94,7 +94,7 @@ class TestColumns:
         [
             (Dataset.from_dict({"content": SENTENCES, "id": [*range(5)]}), "dataset_text_field='content'?"),
             (texts("texts", "title"), "Did you mean dataset_text_field='texts'"),
-            (texts("prompt"), "Did you mean dataset_text_field='prompt'"),
+            (texts("prompt"), "dataset_text_field='prompt' learns the prompts themselves"),
             (texts("instruction", "output"), "rename them (Dataset.rename_columns) to prompt and completion"),
             (Dataset.from_dict({"conversations": [talk("a", "b")] * 4}), "rename_column('conversations', 'messages')"),
             ([{"content": text} for text in SENTENCES], "Did you mean dataset_text_field='content'"),
