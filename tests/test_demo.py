@@ -174,13 +174,12 @@ def test_the_script_lists_its_options(monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_demo_shows_what_distillation_gains(tmp_path):
-    # A quarter of the rows that the demo's own settings train on are enough for it.
-    settings = DemoSettings(seeds=1, batch_size=32, teacher_steps=200, student_steps=150, output_dir=str(tmp_path))
-    results = quietly(settings)
+    # Two thirds of the demo's steps are enough for it.
+    results = quietly(DemoSettings(seeds=1, teacher_steps=250, student_steps=200, output_dir=str(tmp_path)))
     accuracy = {student.model: student.values("accuracy")[0] for student in results.students}
     assert results.teacher.values("accuracy")[0] > 0.96
     assert accuracy[ALONE] < 0.80
-    assert accuracy[DISTILLED] > 0.92
+    assert accuracy[DISTILLED] > 0.94
 
 
 def test_numeric_labels_are_the_classes_own_numbers_whatever_a_file_makes_of_them(tmp_path):
