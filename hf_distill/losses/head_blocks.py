@@ -148,8 +148,8 @@ def _add_in_units(rows: Rows, gradient: Tensor, factor: Tensor | float, labelled
 
     Args:
         rows: the block; all of its direction is written.
-        gradient: of the divergence, but for
-        factor: its factor.
+        gradient: of the divergence, but for its factor.
+        factor: the factor.
         labelled: the cross-entropy.
         out: the leading classes of the direction.
     """
