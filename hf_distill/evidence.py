@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import broadcast_object_list
 from transformers.modelcard import TrainingSummary
+from transformers.utils import logging
 
 from hf_distill.card import CardOptions, write_card
 from hf_distill.card.metadata import model_name
@@ -36,7 +37,8 @@ class EvidenceMixin:
     def report(self, dataset: Any = None, **options: Any) -> Report:
         """Measures what the student kept and gained, and writes it to `distillation/` in `args.output_dir`.
 
-        The main process measures, and the others wait for it, as long as `args.ddp_timeout` lets them.
+        The main process measures, and the others wait for it, as long as `args.ddp_timeout` lets them. A line says
+        what is measured now, unless `args.disable_tqdm`.
 
         Args:
             dataset: rows to measure on; None: `eval_dataset`.
@@ -68,7 +70,8 @@ class EvidenceMixin:
         if record is not None and "output_dir" not in options:
             record.write(self.args.output_dir)
         own = {"output_dir": folder, "training": record and record.to_dict()}
-        return report_of(self, dataset, **{**own, **options})
+        with logging.tqdm(bar_format="{desc} [{elapsed}]", leave=False, disable=self.args.disable_tqdm) as line:
+            return report_of(self, dataset, **{**own, "progress": line.set_description_str, **options})
 
     def create_model_card(
         self,

@@ -106,6 +106,7 @@ def pair_models(
     student_tokenizer: Any | None = None,
     teacher_tokenizer: Any | None = None,
     token_alignment: str = "none",
+    any_classes: bool = False,
     device: torch.device | None = None,
 ) -> ModelPair:
     """The pairing of a student and a teacher.
@@ -116,6 +117,7 @@ def pair_models(
         student_tokenizer: what the student's text was tokenized with, if known.
         teacher_tokenizer: the teacher's tokenizer, if known.
         token_alignment: "offsets" where positions are aligned by the text that they have read, else "none".
+        any_classes: whether the loss then compares all tokens of both, so that none is left out.
         device: where the pairing's index tensors live.
 
     Raises:
@@ -124,15 +126,8 @@ def pair_models(
     """
     if teacher is None:
         return ModelPair(find_task(student), None, None, frozenset(), frozenset())
-    student_task, teacher_task = find_task(student), find_task(teacher)
-    if student_task is Task.EMBEDDING:
-        _check_embeds(teacher, teacher_task)
-    elif student_task is not teacher_task:
-        raise ValueError(
-            f"The student ({type(task_model(student)).__name__}) does {student_task}, the teacher "
-            f"({type(task_model(teacher)).__name__}) {teacher_task}. Logits compare only within one task: load the "
-            "teacher with the student's kind of head."
-        )
+    student_task = find_task(student)
+    _check_tasks(student, teacher)
     student_config, teacher_config = task_model(student).config, task_model(teacher).config
     order, vocabulary, shared_tokens = None, None, None
     student_tokens, teacher_tokens = _tokens(student_tokenizer), _tokens(teacher_tokenizer)
@@ -144,7 +139,8 @@ def pair_models(
         shared_tokens, vocabulary = _align_by_text(student_task, *tokenizers, sizes=sizes, device=device)
     elif student_task.is_language_model:
         vocabulary = vocabulary_overlap(*sizes, student_tokens=student_tokens, teacher_tokens=teacher_tokens)
-    _report(vocabulary)
+    if shared_tokens is None or not any_classes:
+        _report(vocabulary)
     has_own_ids = _has_own_ids(student_tokens, teacher_tokens)
     if token_alignment == "none" and not has_own_ids:
         _warn_of_other_cuts(student_tokenizer, teacher_tokenizer)
@@ -214,6 +210,19 @@ def _align_by_text(
         for tokenizer, ids in ((student_tokenizer, shared.student_rest), (teacher_tokenizer, shared.teacher_rest))
     )
     return shared, VocabularyOverlap(*sizes, len(shared.student), student_only, teacher_only, by_text=True)
+
+
+def _check_tasks(student: nn.Module, teacher: nn.Module) -> None:
+    """Refuses a teacher whose head serves another task than the student's."""
+    student_task, teacher_task = find_task(student), find_task(teacher)
+    if student_task is Task.EMBEDDING:
+        _check_embeds(teacher, teacher_task)
+    elif student_task is not teacher_task:
+        raise ValueError(
+            f"The student ({type(task_model(student)).__name__}) does {student_task}, the teacher "
+            f"({type(task_model(teacher)).__name__}) {teacher_task}. Logits compare only within one task: load the "
+            "teacher with the student's kind of head."
+        )
 
 
 def _check_embeds(teacher: nn.Module, task: Task) -> None:

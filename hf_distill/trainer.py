@@ -169,12 +169,14 @@ class DistillationMixin(EvidenceMixin, PublishingMixin, TeacherScoresMixin, Text
 
     def _pair_with(self, student: nn.Module) -> ModelPair:
         check_adapters(student, self.teacher)
+        term = self.args.distillation.logits
         return pair_models(
             student,
             None if self.teacher is None else self.teacher.model,
             student_tokenizer=self.processing_class,
             teacher_tokenizer=self._teacher_tokenizer,
-            token_alignment=self.args.distillation.logits.token_alignment,
+            token_alignment=term.token_alignment,
+            any_classes=LOSSES.get(term.loss).any_classes,
             device=self.args.device,
         )
 

@@ -307,3 +307,10 @@ def test_the_report_tells_of_the_tokens_of_both_sides(tmp_path):
     assert vocabulary.classes + len(vocabulary.student_only) == len(PIECES)
     assert vocabulary.padding("teacher") == ROWS["teacher"] - len(BYTES)
     assert "tokens that spell the same are compared" in str(vocabulary)
+
+
+@pytest.mark.parametrize("loss", ["uld", "forward_kl"])
+def test_tokens_are_told_to_be_left_out_where_they_are(loss, tmp_path, caplog):
+    aligned(tmp_path, kd_loss=loss)
+    told = [record for record in caplog.records if "tokens that spell the same are compared" in record.message]
+    assert len(told) == (0 if loss == "uld" else 1)  # which sorts the probabilities of all tokens of both

@@ -113,6 +113,22 @@ def test_a_report_stands_beside_the_student_and_on_its_card(trainer, tmp_path):
     assert "](distillation/losses.png)" in text
 
 
+@pytest.mark.parametrize("disabled", [False, True])
+def test_a_report_says_what_it_measures_where_trainer_would_show_bars(trainer, capsys, disabled):
+    trainer.args.disable_tqdm = disabled
+    capsys.readouterr()
+    trainer.report(**CHEAP)
+    shown = capsys.readouterr().err
+    assert all((text in shown) is not disabled for text in ("student: scores", "latency, batch 1, length 8"))
+
+
+def test_the_lines_of_a_report_go_where_they_are_asked_to(trainer, capsys):
+    lines = []
+    trainer.report(**CHEAP, progress=lines.append)
+    assert any(line.startswith("student: scores") for line in lines)
+    assert "student: scores" not in capsys.readouterr().err
+
+
 def test_a_report_without_a_teacher_is_refused(tmp_path):
     plain = make_trainer(tmp_path, teacher_model=None, kd_weight=0.0, task_weight=1.0)
     with pytest.raises(ValueError, match="no teacher to compare the student with"):
