@@ -131,5 +131,7 @@ class ChunkedHead:
             source: Tensor = getattr(self._factors, name)
             if len(gradient) < len(source) and name != "hidden":
                 gradient = torch.cat([gradient, gradient.new_zeros(len(source) - len(gradient), *gradient.shape[1:])])
-            pairs.append((source, gradient.view(source.shape).to(source.dtype)))
+            if gradient.shape != source.shape:  # a view of what a weight gets could not be added to in place
+                gradient = gradient.view(source.shape)
+            pairs.append((source, gradient.to(source.dtype)))
         return pairs

@@ -196,6 +196,23 @@ def test_a_retained_graph_gives_its_gradients_twice():
     torch.testing.assert_close(gradients(case, loss), tuple(gradient / 2 for gradient in first))
 
 
+def test_what_tied_embeddings_add_to_a_heads_gradient_takes_no_third_tensor(monkeypatch):
+    case, attached = Case(bias=False), chunked_head.ChunkedHead.attached
+    weight = case.student.weight
+    ids = torch.arange(math.prod(ITEMS)).view(ITEMS) % len(weight)
+    case.student = replace(case.student, hidden=F.embedding(ids, weight))
+    places = []
+
+    def spied(head):
+        pairs = attached(head)
+        places.extend(gradient.data_ptr() for source, gradient in pairs if source is weight)
+        return pairs
+
+    monkeypatch.setattr(chunked_head.ChunkedHead, "attached", spied)
+    case.chunked().loss.backward()
+    assert [weight.grad.data_ptr()] == places  # autograd adds in place what has no views and no other owner
+
+
 def test_memory_kept_for_the_next_call_changes_nothing(small_chunks, monkeypatch):
     workspace = Workspace()
 
