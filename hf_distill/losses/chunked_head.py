@@ -20,7 +20,7 @@ from hf_distill.signals import LogitFactors
 _CPU_CHUNK_BYTES = 96 * 2**20
 _DEVICE_CHUNK_BYTES = 2**30
 # With fewer items the products wait for the memory of the head.
-_SMALLEST_CHUNK = 224
+_SMALLEST_CHUNK = 256
 _FLOAT16 = (
     "{} float16, whose range does not hold gradients of 1 / (items * vocabulary). Use bfloat16, or form the dense "
     "logits."
@@ -81,7 +81,7 @@ def chunked_head_loss(
             each item's of its logits.
         divergence: None for `forward_kl`.
         agreement: whether to say on which items both sides choose the same class.
-        chunk_bytes: of both sides' logits at once, though never of less than 224 items; None: as suits the device.
+        chunk_bytes: of both sides' logits at once, though never of less than 256 items; None: as suits the device.
         float32_logits: whether logits are float32 where operands are not; None: where it costs no time, not on CPUs.
         kept: (any,) int64, in order, the places among all items of those with a weight; None makes the host find them.
         workspace: memory of the call before, which saves a training time; None takes new.

@@ -46,7 +46,7 @@ def sparse_head_loss(
         divergence: one of `losses.sparse.SPARSE_LOSSES`; None for `forward_kl`.
         classes: how many leading classes the divergence compares; None for all of the student's.
         agreement: whether to say on which items both sides choose the same of these.
-        chunk_bytes: of the logits at once, though never of less than 224 items; None: as suits the device.
+        chunk_bytes: of the logits at once, though never of less than 256 items; None: as suits the device.
         float32_logits: whether logits are float32 where operands are not; None: where it costs no time, not on CPUs.
         kept: (any,) int64, in order, the places among all items of those with a weight; None makes the host find them.
         workspace: as of `chunked_head_loss`.
