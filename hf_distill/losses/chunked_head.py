@@ -21,6 +21,8 @@ _CPU_CHUNK_BYTES = 96 * 2**20
 _DEVICE_CHUNK_BYTES = 2**30
 # With fewer items the products wait for the memory of the head.
 _SMALLEST_CHUNK = 256
+# Products of 391 items cost 6 % more each than those of 384, which are whole blocks of a library's.
+_BLOCK = 128
 _FLOAT16 = (
     "{} float16, whose range does not hold gradients of 1 / (items * vocabulary). Use bfloat16, or form the dense "
     "logits."
@@ -174,7 +176,7 @@ def _walk(
 def chunk_items(kept: Tensor, row_bytes: int, chunk_bytes: int | None) -> int:
     """How many of the items that are kept make one of several chunks of equal size."""
     budget = chunk_bytes or (_CPU_CHUNK_BYTES if may_read(kept) else _DEVICE_CHUNK_BYTES)
-    chunk = max(budget // row_bytes, _SMALLEST_CHUNK)
+    chunk = max(budget // row_bytes // _BLOCK * _BLOCK, _SMALLEST_CHUNK)
     chunks = -(-len(kept) // chunk)
     return -(-len(kept) // max(chunks, 1))
 

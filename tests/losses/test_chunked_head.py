@@ -196,6 +196,16 @@ def test_a_retained_graph_gives_its_gradients_twice():
     torch.testing.assert_close(gradients(case, loss), tuple(gradient / 2 for gradient in first))
 
 
+@pytest.mark.parametrize(
+    ("items", "classes", "chunk"),
+    [(8192, 32_000, 373), (2048, 32_000, 342), (1024, 151_936, 256), (700, 1_000, 700), (100, 32_000, 100), (0, 9, 0)],
+)
+def test_chunks_are_alike_and_keep_the_budget(items, classes, chunk):
+    found = chunked_head.chunk_items(torch.arange(items), 8 * classes, None)
+    assert found == chunk
+    assert found <= max(96 * 2**20 // (8 * classes), 256)
+
+
 def test_what_tied_embeddings_add_to_a_heads_gradient_takes_no_third_tensor(monkeypatch):
     case, attached = Case(bias=False), chunked_head.ChunkedHead.attached
     weight = case.student.weight
