@@ -21,7 +21,7 @@ _CPU_CHUNK_BYTES = 96 * 2**20
 _DEVICE_CHUNK_BYTES = 2**30
 # With fewer items the products wait for the memory of the head.
 _SMALLEST_CHUNK = 256
-# Products of 391 items cost 6 % more each than those of 384, which are whole blocks of a library's.
+# The products work in blocks: on a CPU 391 items cost 6 % more each than 384.
 _BLOCK = 128
 _FLOAT16 = (
     "{} float16, whose range does not hold gradients of 1 / (items * vocabulary). Use bfloat16, or form the dense "

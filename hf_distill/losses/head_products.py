@@ -56,8 +56,8 @@ class ChunkedHead:
 
     @property
     def row_bytes(self) -> int:
-        """What one item's logits take."""
-        return len(self._weight) * self.logits_dtype.itemsize
+        """What one item's logits take while they are formed: a product of half precision sums in float32."""
+        return len(self._weight) * max(self.logits_dtype.itemsize, torch.float32.itemsize)
 
     def reserve(self, items: int, workspace: Workspace | None, *, is_student: bool, gradients: bool) -> None:
         """Makes room for chunks of up to so many items and, if asked for, for the gradients."""
