@@ -206,6 +206,14 @@ def test_chunks_are_alike_and_keep_the_budget(items, classes, chunk):
     assert found <= max(96 * 2**20 // (8 * classes), 256)
 
 
+def test_a_row_of_half_precision_counts_as_much_as_the_sums_of_its_product(monkeypatch):
+    counted, chunk_items = [], chunked_head.chunk_items
+    monkeypatch.setattr(chunked_head, "chunk_items", lambda *given: counted.append(given[1]) or chunk_items(*given))
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        Case(dtype=dtype).chunked()
+    assert counted == [2 * 23 * size for size in (8, 4, 4)]
+
+
 def test_what_tied_embeddings_add_to_a_heads_gradient_takes_no_third_tensor(monkeypatch):
     case, attached = Case(bias=False), chunked_head.ChunkedHead.attached
     weight = case.student.weight
